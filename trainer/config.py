@@ -84,7 +84,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            name = self.construct_object(key_node, deep=True)
             if name in seen:
                 line = key_node.start_mark.line + 1
                 raise yaml.constructor.ConstructorError(None, None, f"line {line}: key {name!r} is given twice")
@@ -149,7 +149,17 @@ def gather(path: Path, overrides: Sequence[str]) -> Source:
     for file, mapping in read_yaml(path):
         for name, value in mapping.items():
             source.set(name, value, show(file))
-    for text in overrides:
+    override(source, overrides)
+    return source
+
+
+def override(source: Source, arguments: Sequence[str]) -> None:
+    """Put `key=value` arguments on top.
+
+    Raises:
+        UserError: an argument is not of that form.
+    """
+    for text in arguments:
         name, equals, literal = text.partition("=")
         if not equals or not name or name.startswith("-"):
             raise UserError(f"{text}: is not an override; write key=value, e.g. optimizer.lr=1e-3")
@@ -158,7 +168,6 @@ def gather(path: Path, overrides: Sequence[str]) -> Source:
         except yaml.YAMLError:
             value = literal  # a text with a colon or a bracket in it, such as a path
         source.set(name, value, "the command line")
-    return source
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

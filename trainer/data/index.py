@@ -70,7 +70,7 @@ class Index:
         self.keys = [e.key for e in self.entries]
         if len(set(self.keys)) != len(self.keys):
             twice = sorted({k for k in self.keys if self.keys.count(k) > 1})[:3]
-            raise UserError(f"{show(shards[0].parent)}: the keys {', '.join(twice)} occur twice; prepare the corpus anew")
+            raise UserError(f"{show(shards[0].parent)}: the keys {', '.join(twice)} occur twice; prepare it anew")
         self.shard = np.array([s for s, _ in flat], dtype=np.int32)
         self.num_samples = self._column("num_samples")
         self.label_length = self._column("label_length")
@@ -105,8 +105,8 @@ class Index:
             header, *rows = path.read_text(encoding="utf-8").splitlines()
             head = json.loads(header)
             if head.get("format") != FORMAT:
-                raise UserError(f"{show(path)}: format {head.get('format')!r}, wanted {FORMAT}; prepare the corpus anew")
+                raise UserError(f"{show(path)}: format {head.get('format')!r}, wanted {FORMAT}; prepare it anew")
             entries.append([Entry(**json.loads(row)) for row in rows])
             if len(rows) != head["samples"]:
-                raise UserError(f"{show(path)}: holds {len(rows)} samples, its header says {head['samples']}; prepare anew")
+                raise UserError(f"{show(path)}: holds {len(rows)} samples, wanted {head['samples']}; prepare it anew")
         return cls(shards, entries, sample_rate_hz)

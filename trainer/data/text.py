@@ -1,5 +1,6 @@
 """Text to labels and back: normalisation and character tokens."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -75,4 +76,4 @@ class Characters:
 
 def ctc_frames(text: str) -> int:
     """Frames that CTC needs at least: one a label and a blank between equal neighbours (Graves et al. 2006)."""
-    return len(text) + sum(a == b for a, b in zip(text, text[1:], strict=False))
+    return len(text) + sum(a == b for a, b in itertools.pairwise(text))

@@ -1,0 +1,170 @@
+"""Speech recognition with CTC: log-mel features, convolutional subsampling, a recurrent stack, characters.
+
+Source: Graves et al. 2006 (CTC); the shape of the model follows Amodei et al. 2016 (Deep Speech 2), arXiv:1512.02595.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from trainer import keyed
+from trainer.config import Config
+from trainer.data.audio import SpecAugment
+from trainer.data.dataset import Batch
+from trainer.data.prepare import prepare
+from trainer.data.speech import Prepared, SpeechDataConfig, SpeechDataset, build_log_mel
+from trainer.data.text import BLANK, Characters
+from trainer.metrics import Loss, Mean, add, edits
+from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
+from trainer.models.normalization import KeyedDropout
+from trainer.models.rnn import RNNConfig
+from trainer.recipe import Recipe, Row, RunConfig, Split, StepOutput
+
+
+class SpeechModelConfig(Config):
+    """Subsampling, recurrence, output layer."""
+
+    subsampling: SubsamplingConfig = Conv2dConfig()
+    rnn: RNNConfig = RNNConfig(directions="concat")
+    input_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout between the subsampling and the recurrence."""
+
+
+class SpeechRunConfig(RunConfig):
+    """A run of the speech recipe."""
+
+    data: SpeechDataConfig = SpeechDataConfig()
+    model: SpeechModelConfig = SpeechModelConfig()
+
+
+class SpeechModel(nn.Module):
+    """Features or waveforms to log-probabilities of characters.
+
+    Shape:
+        audio: (B, T, F) features, or (B, N) waveforms if the features are computed here; lengths: (B,) of it;
+        noise_keys: (B,) int64
+        returns: (B, T', V) log-probabilities in float32, lengths (B,) in output frames
+    """
+
+    def __init__(self, config: SpeechRunConfig) -> None:
+        super().__init__()
+        prepared = Prepared.load(config.data.path)
+        num_classes = len(config.data.text.alphabet or prepared.alphabet) + 1  # and the blank
+        self.features_here = config.data.features.where == "model"
+        # Part of the model wherever it runs: the statistics travel with the weights.
+        self.log_mel = build_log_mel(config.data, prepared)
+        self.spec_augment = SpecAugment(config.data.augment)
+        self.subsampling = config.model.subsampling.build(config.data.features.num_bands)
+        self.input_dropout = KeyedDropout(config.model.input_dropout, "input")
+        self.rnn = config.model.rnn.build(self.subsampling.output_size)
+        self.output = nn.Linear(config.model.rnn.output_size, num_classes)
+
+    def forward(self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.features_here:
+            audio, lengths = self.log_mel(audio, lengths)
+            if self.training and noise_keys is not None:
+                audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
+        x, lengths = self.subsampling(audio, lengths)
+        x, _ = self.rnn(self.input_dropout(x, noise_keys), lengths, noise_keys)
+        return self.output(x).float().log_softmax(-1), lengths
+
+
+class Speech(Recipe[SpeechRunConfig]):
+    """Characters from audio; the best checkpoint is that of the lowest character error rate."""
+
+    monitor = "cer"
+
+    def prepare(self) -> None:
+        prepare(self.config.data)
+
+    @cached_property
+    def characters(self) -> Characters:
+        """Labels of the output layer."""
+        data = self.config.data
+        return Characters(data.text.alphabet or Prepared.load(data.path).alphabet)
+
+    def build_model(self) -> SpeechModel:
+        return SpeechModel(self.config)
+
+    def describe(self, model: nn.Module) -> dict[str, str]:
+        assert isinstance(model, SpeechModel)
+        rnn, layers = self.config.model.rnn, list(model.rnn.recurrent_layers())
+        step_ms = self.config.data.features.hop_ms * self.config.model.subsampling.stride
+        weights = sum(layer.recurrence.weight.numel() for layer in layers)
+        adds = sum(layer.recurrence.multiply_adds() for layer in layers)
+        return {
+            "recurrence": f"{len(layers)} x {rnn.structure.kind} {rnn.cell.kind} of {rnn.hidden_size} units",
+            "recurrent weights": f"{weights:,}; {adds:,} multiply-adds a step",
+            "output": f"{len(self.characters)} classes, a frame each {step_ms:g} ms",
+        }
+
+    def num_output_frames(self, frames: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Output frames for so many feature frames."""
+        return self.config.model.subsampling.num_frames(frames)
+
+    def build_dataset(self, split: Split) -> SpeechDataset:
+        config = self.config
+        return SpeechDataset(config.data, split, config.plan, config.seed, self.num_output_frames)
+
+    def step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        valid = batch["valid"]
+        log_probs, lengths = model(batch["audio"], batch["lengths"], batch["noise_keys"])
+        nats = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            batch["labels"],
+            lengths,
+            batch["label_lengths"],
+            blank=BLANK,
+            reduction="none",
+        )
+        tokens = float((batch["label_lengths"] * valid).sum())
+        output = StepOutput({"ctc": Loss(torch.where(valid, nats, 0.0).sum(), tokens, "tokens")})
+        if not model.training:
+            self._score(output, batch, log_probs, lengths)
+        return output
+
+    def _score(self, output: StepOutput, batch: Batch, log_probs: Tensor, lengths: Tensor) -> None:
+        references = transcripts(batch, self.characters)
+        for b, text in enumerate(greedy(log_probs, lengths, self.characters)):
+            if not batch["valid"][b]:
+                continue
+            reference = references[b]
+            by_character = edits(list(reference), list(text))
+            add(output.metrics, by_character.metrics("cer"))
+            add(output.metrics, edits(reference.split(), text.split()).metrics("wer"))
+            add(output.metrics, {"sentence_errors": Mean(float(reference != text), 1.0)})
+            output.rows.append(
+                Row(
+                    batch["keys"][b],
+                    by_character.total,
+                    by_character.length,
+                    {"reference": reference, "hypothesis": text},
+                )
+            )
+
+
+def greedy(log_probs: Tensor, lengths: Tensor, characters: Characters) -> list[str]:
+    """Best path of CTC: the likeliest label of each frame, repeats merged, blanks dropped.
+
+    Shape:
+        log_probs: (B, T, V), lengths: (B,)
+    """
+    texts = []
+    for path, n in zip(log_probs.argmax(-1).cpu(), lengths.tolist(), strict=True):
+        labels = torch.unique_consecutive(path[:n]).tolist()
+        texts.append(characters.decode(labels))
+    return texts
+
+
+def transcripts(batch: Batch, characters: Characters) -> list[str]:
+    """The reference text of each place of a batch."""
+    labels = batch["labels"].cpu().split(batch["label_lengths"].tolist())
+    return [characters.decode(row.tolist()) for row in labels]
+
+
+recipe = Speech

@@ -1,0 +1,299 @@
+"""Checkpoints: named tensors in slices, whole or absent, independent of world size and ZeRO stage.
+
+    checkpoints/
+      step-00001200/
+        state.json        everything that is not a tensor, and size and SHA-256 of each file
+        rank-00000.pt     the slices that rank 0 owned: [(name, slot, start, values), ...]
+      latest              name of the newest whole checkpoint
+
+A checkpoint is written under another name, read back, and renamed; `latest` moves after that. So at any instant
+`latest` names a whole one, and what a killed run left half-written has a name that nobody reads.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from trainer import distributed
+from trainer.config import Config, show
+from trainer.distributed import BUFFER, WEIGHT, Slice
+from trainer.errors import UserError
+from trainer.optim import AVERAGE
+
+FORMAT = 1
+LATEST = "latest"
+log = logging.getLogger(__name__)
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: PositiveInt = 500
+    """Besides these, one is written at each new best, at the end, and on SIGTERM."""
+    keep_last: PositiveInt = 2
+    """The newest ones that are kept."""
+    keep_best: PositiveInt = 1
+    """The best ones by validation that are kept besides."""
+
+
+class BrokenCheckpointError(Exception):
+    """A checkpoint that is not whole; the text says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk.
+
+    Attributes:
+        folder: where it lies.
+        state: what `state.json` holds.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Check every byte.
+
+        Raises:
+            BrokenCheckpointError: something is missing or differs from its checksum.
+        """
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BrokenCheckpointError(f"{show(folder)}: state.json: {error}") from error
+        if state.get("format") != FORMAT:
+            raise BrokenCheckpointError(f"{show(folder)}: format {state.get('format')!r}, wanted {FORMAT}")
+        for name, facts in state["files"].items():
+            _check_file(folder / name, facts)
+        return cls(folder, state)
+
+    def slices(self) -> Iterable[Slice]:
+        """Every slice of every rank."""
+        for name in self.state["files"]:
+            for item in torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True):
+                yield Slice(*item)
+
+    def tensors(self, slot: str) -> dict[str, Tensor]:
+        """One slot as whole tensors by name; empty if the slot was not kept."""
+        shapes = self.state["shapes"]
+        whole: dict[str, Tensor] = {}
+        for piece in self.slices():
+            if piece.slot == slot:
+                if piece.name not in whole:
+                    whole[piece.name] = torch.zeros(shapes[piece.name], dtype=piece.values.dtype)
+                whole[piece.name].view(-1)[piece.start : piece.start + len(piece.values)] = piece.values
+        return whole
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict to evaluate with: averaged weights if there are any, and buffers."""
+        weights = self.tensors(WEIGHT) | self.tensors(AVERAGE)
+        return weights | self.tensors(BUFFER)
+
+    def slots(self) -> set[str]:
+        """Names of the optimizer's slots."""
+        return {piece.slot for piece in self.slices()} - {WEIGHT, BUFFER}
+
+    def fill(self, targets: Iterable[Slice]) -> None:
+        """Copy saved values into live slices, however either side is cut.
+
+        Raises:
+            BrokenCheckpointError: a value that is wanted was not saved.
+        """
+        saved: dict[tuple[str, str], list[Slice]] = {}
+        for piece in self.slices():
+            saved.setdefault((piece.name, piece.slot), []).append(piece)
+        for target in targets:
+            end, missing = target.start + len(target.values), len(target.values)
+            for piece in saved.get((target.name, target.slot), []):
+                low, high = max(target.start, piece.start), min(end, piece.start + len(piece.values))
+                if low < high:
+                    values = piece.values[low - piece.start : high - piece.start]
+                    target.values[low - target.start : high - target.start].copy_(values)
+                    missing -= high - low
+            if missing:
+                raise BrokenCheckpointError(
+                    f"{show(self.folder)}: {target.name} ({target.slot}) lacks {missing} numbers"
+                )
+
+
+def _check_file(path: Path, facts: dict[str, Any]) -> None:
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise BrokenCheckpointError(f"{show(path)}: {size} bytes, wanted {facts['bytes']}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file.read())
+        if digest.hexdigest() != facts["sha256"]:
+            raise BrokenCheckpointError(f"{show(path)}: the checksum differs, the file was damaged")
+    except OSError as error:
+        raise BrokenCheckpointError(f"{show(path)}: {error.strerror}") from error
+
+
+def _digest(content: bytes) -> Any:
+    return hashlib.sha256(content)
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": _digest(content).hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def save(folder: Path, config: CheckpointConfig, step: int, slices: Iterable[Slice], state: dict[str, Any]) -> bool:
+    """Write a checkpoint; every rank calls it.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        slices: what this rank owns.
+        state: everything else, JSON values, equal on all ranks. `state["best"]` maps steps to their monitored value.
+
+    Returns:
+        whether it was written. A failure (a full disk) is logged and never ends the run: the older ones stay.
+    """
+    final = step_folder(folder, step)
+    partial = folder / f".{final.name}.partial"
+
+    def make_room() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir()
+
+    def write_own() -> dict[str, Any]:
+        buffer = io.BytesIO()
+        torch.save([(s.name, s.slot, s.start, s.values.cpu().clone()) for s in slices], buffer)
+        return _write(partial / name, buffer.getvalue())
+
+    def publish() -> None:
+        for file, facts in files.items():
+            _check_file(partial / file, facts)
+        whole = {"format": FORMAT, **state, "files": files, "saved_at": time.time()}
+        _write(partial / "state.json", json.dumps(whole, ensure_ascii=False, indent=1).encode())
+        _sync_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_folder(folder)
+        pointer = folder / f".{LATEST}"
+        _write(pointer, f"{final.name}\n".encode())
+        pointer.replace(folder / LATEST)
+        _sync_folder(folder)
+        prune(folder, config, {int(s): v for s, v in state.get("best", {}).items()})
+
+    name = f"rank-{torch.distributed.get_rank():05d}.pt"
+    try:
+        distributed.on_first(make_room)
+        written, failure = _attempt(write_own)
+        results = distributed.gather((name, written, failure))
+        failures = [f for _, _, f in results if f]
+        if failures:
+            raise OSError("; ".join(failures))
+        files = {file: facts for file, facts, _ in results}
+        distributed.on_first(publish)
+    except (OSError, BrokenCheckpointError) as error:
+        if torch.distributed.get_rank() == 0:
+            log.warning("checkpoint of step %d was not written, the run goes on: %s", step, error)
+            shutil.rmtree(partial, ignore_errors=True)
+        return False
+    return True
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Run an action that may fail on one rank alone: (result, None) or (None, what went wrong)."""
+    try:
+        return action(), None
+    except (OSError, RuntimeError) as error:
+        return None, str(error)
+
+
+def prune(folder: Path, config: CheckpointConfig, best: dict[int, float]) -> None:
+    """Delete what neither `keep_last` nor `keep_best` keeps."""
+    steps = steps_in(folder)
+    kept = set(steps[-config.keep_last :])
+    kept |= set(sorted((s for s in best if s in steps), key=lambda s: (best[s], s))[: config.keep_best])
+    for step in set(steps) - kept:
+        doomed = folder / f".step-{step:08d}.old"
+        step_folder(folder, step).rename(doomed)  # a half-deleted one must not look whole
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, oldest first."""
+    return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdigit())
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint: the one that `latest` names, or if that is damaged the next older, loudly.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    steps = steps_in(folder)
+    if not steps:
+        return None
+    try:
+        named = (folder / LATEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        named = ""
+    order = sorted(steps, key=lambda s: (step_folder(folder, s).name == named, s), reverse=True)
+    problems = []
+    for step in order:
+        try:
+            found = Checkpoint.open(step_folder(folder, step))
+        except BrokenCheckpointError as error:
+            problems.append(str(error))
+            log.warning("damaged checkpoint, trying the one before: %s", error)
+            continue
+        return found
+    raise UserError(
+        "\n".join(problems)
+        + f"\n{show(folder)}: no checkpoint is whole; restore a copy, or move the run directory away to start anew"
+    )
+
+
+def best(folder: Path) -> Checkpoint:
+    """The best whole checkpoint by validation, or the newest where none was validated.
+
+    Raises:
+        UserError: there is none.
+    """
+    last = newest(folder)
+    if last is None:
+        raise UserError(f"{show(folder)}: holds no checkpoint; train the run first")
+    values = {int(s): v for s, v in last.state.get("best", {}).items()}
+    for step in sorted(values, key=lambda s: (values[s], s)):
+        if step_folder(folder, step).is_dir():
+            try:
+                return Checkpoint.open(step_folder(folder, step))
+            except BrokenCheckpointError as error:
+                log.warning("damaged best checkpoint, taking the newest: %s", error)
+                break
+    return last

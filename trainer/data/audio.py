@@ -1,0 +1,183 @@
+"""Waveforms to features: decoding, speed perturbation, log-mel, SpecAugment.
+
+Every frame is a function of the samples under its window alone (no centring, no reflection), so a clip has the same
+features alone, in a padded batch, and cut into a stream.
+"""
+
+import io
+import math
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from trainer.config import Config
+
+LOG_FLOOR = 1e-6
+"""Added to a band's energy before the logarithm: about the noise of 16-bit audio."""
+
+
+class FeaturesConfig(Config):
+    """Log-mel energies, normalised by the mean and deviation of each band over the training corpus."""
+
+    num_bands: PositiveInt = 80
+    """F, mel bands from 20 Hz to half the sample rate."""
+    window_ms: float = Field(25.0, gt=0)
+    """Hann window."""
+    hop_ms: float = Field(10.0, gt=0)
+    where: Literal["worker", "model"] = "worker"
+    """Computed clip by clip in the loader (best on a CPU) or as the model's first layer (best on a GPU)."""
+
+    def build(self, sample_rate_hz: int) -> "LogMel":
+        return LogMel(self, sample_rate_hz)
+
+
+class LogMel(nn.Module):
+    """Waveforms to normalised log-mel energies.
+
+    Args:
+        config: bands, window, hop.
+        sample_rate_hz: of the waveforms.
+
+    Shape:
+        waveforms: (B, N) float in [-1, 1]; lengths: (B,) samples
+        returns: (B, T, F) with zeros past each length, and lengths (B,) in frames; T = 1 + (N - n_fft) // hop, at
+        least 1 (a shorter clip is padded with silence)
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: FeaturesConfig, sample_rate_hz: int) -> None:
+        super().__init__()
+        self.hop = round(sample_rate_hz * config.hop_ms / 1000)
+        window = round(sample_rate_hz * config.window_ms / 1000)
+        self.n_fft = 2 ** math.ceil(math.log2(window))
+        self.num_bands = config.num_bands
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate_hz, self.n_fft, window, self.hop, f_min=20.0, n_mels=config.num_bands, center=False
+        )
+        self.register_buffer("mean", torch.zeros(config.num_bands))
+        self.register_buffer("deviation", torch.ones(config.num_bands))
+
+    def num_frames(self, num_samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """T of clips of N samples."""
+        return 1 + np.maximum(0, num_samples - self.n_fft) // self.hop
+
+    def energies(self, waveform: Tensor) -> Tensor:
+        """Log energies before normalisation: (..., N) -> (..., T, F)."""
+        if waveform.shape[-1] < self.n_fft:
+            waveform = nn.functional.pad(waveform, (0, self.n_fft - waveform.shape[-1]))
+        return (self.mel(waveform) + LOG_FLOOR).log().transpose(-1, -2)
+
+    def normalise(self, energies: Tensor) -> Tensor:
+        """Zero mean and unit deviation over the corpus: (..., T, F) -> (..., T, F)."""
+        return (energies - self.mean) / self.deviation
+
+    @torch.no_grad()
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(waveforms.device.type, enabled=False):
+            frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
+            if waveforms.device.type != "cpu":
+                x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
+                valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
+                return x * valid[..., None], frames
+            x = waveforms.new_zeros(len(waveforms), int(frames.max()), self.num_bands, dtype=torch.float32)
+            for b, n in enumerate(lengths.tolist()):  # clip by clip stays in the cache
+                x[b, : int(frames[b])] = self.normalise(self.energies(waveforms[b, :n].float()))
+            return x, frames
+
+
+class AugmentConfig(Config):
+    """What training does to a clip; validation and test never see it."""
+
+    speeds: tuple[float, ...] = (1.0,)
+    """Speed and pitch factors, one drawn a clip and epoch (Ko et al. 2015), e.g. [0.9, 1.0, 1.1]."""
+    time_masks: int = Field(0, ge=0)
+    """SpecAugment (Park et al. 2019, arXiv:1904.08779): masks along time a clip."""
+    time_mask_frames: int = Field(30, ge=1)
+    """Longest time mask."""
+    time_mask_share: float = Field(0.2, gt=0, le=1)
+    """... but at most this share of the clip."""
+    frequency_masks: int = Field(0, ge=0)
+    """Masks along frequency a clip."""
+    frequency_mask_bands: int = Field(15, ge=1)
+    """Widest frequency mask."""
+
+
+class SpecAugment(nn.Module):
+    """Masks stripes of normalised features by zero, which is the corpus mean; each clip by its own key.
+
+    Shape:
+        x: (B, T, F); lengths: (B,); seeds: B integers -> (B, T, F), changed in place
+    """
+
+    def __init__(self, config: AugmentConfig) -> None:
+        super().__init__()
+        self.masks = torchaudio.transforms.SpecAugment(
+            config.time_masks,
+            config.time_mask_frames,
+            config.frequency_masks,
+            config.frequency_mask_bands,
+            p=config.time_mask_share,
+            zero_masking=True,
+        )
+        self.active = config.time_masks + config.frequency_masks > 0
+
+    def forward(self, x: Tensor, lengths: Tensor, seeds: list[int]) -> Tensor:
+        if self.active:
+            with torch.random.fork_rng(devices=[]):
+                for b, seed in enumerate(seeds):
+                    torch.manual_seed(seed)
+                    clip = x[b, : int(lengths[b])]
+                    clip.copy_(self.masks(clip.T.cpu()).T)
+        return x
+
+
+def stretched(num_samples: NDArray[np.int64], speed: NDArray[np.float64], sample_rate_hz: int) -> NDArray[np.int64]:
+    """Length of clips after speed perturbation, exactly as `change_speed` returns them."""
+    source = (speed * sample_rate_hz).astype(np.int64)
+    return -(-num_samples * sample_rate_hz // source)
+
+
+@lru_cache(maxsize=32)
+def _resampler(sample_rate_hz: int, speed: float) -> torchaudio.transforms.Speed:
+    return torchaudio.transforms.Speed(sample_rate_hz, speed)
+
+
+def change_speed(waveform: Tensor, sample_rate_hz: int, speed: float) -> Tensor:
+    """Play (N,) samples faster by `speed`: tempo and pitch change together."""
+    if speed == 1.0:
+        return waveform
+    return _resampler(sample_rate_hz, speed)(waveform)[0]
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used; the text is the reason."""
+
+
+def decode(content: bytes, sample_rate_hz: int) -> NDArray[np.float32]:
+    """Samples (N,) of an encoded mono clip.
+
+    Raises:
+        AudioError: not audio, another sample rate, several channels, nothing in it, NaN.
+    """
+    try:
+        samples, rate = soundfile.read(io.BytesIO(content), dtype="float32")
+    except soundfile.SoundFileError as error:
+        raise AudioError(f"not audio: {error}") from error
+    if rate != sample_rate_hz:
+        raise AudioError(f"sample rate {rate} Hz, wanted {sample_rate_hz}")
+    if samples.ndim != 1:
+        raise AudioError(f"{samples.shape[1]} channels, wanted 1")
+    if not len(samples):
+        raise AudioError("no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError("NaN or infinite samples")
+    return samples

@@ -1,0 +1,271 @@
+"""One shard: when it is up to date, and how it is written."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from numpy.typing import NDArray
+from webdataset import TarWriter
+
+from trainer.config import show
+from trainer.data.audio import AudioError, FeaturesConfig, LogMel
+from trainer.data.corpora.base import SplitName, Utterance
+from trainer.data.index import Entry, index_path, write_index
+from trainer.data.text import ctc_frames
+from trainer.errors import UserError
+
+FORMAT = 1
+"""Of the shards and the notes about them: another number makes all of them anew."""
+NOTES = ".prepare"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An utterance with the text it is trained on."""
+
+    utterance: Utterance
+    text: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to be written, and all that a worker must know to do it."""
+
+    root: Path
+    split: SplitName
+    number: int
+    samples: tuple[Sample, ...]
+    sample_rate_hz: int
+    features: FeaturesConfig | None
+    """For the training split: the features to take the statistics of."""
+
+    @property
+    def shard(self) -> Path:
+        return self.root / self.split / f"shard-{self.number:06d}.tar"
+
+    @property
+    def note(self) -> Path:
+        return note_path(self.shard)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that the shard is made from."""
+        bands = feature_settings(self.features) if self.features else None
+        rows = [[s.utterance.key, s.text, s.utterance.text, _describe(s.utterance)] for s in self.samples]
+        text = json.dumps([FORMAT, self.sample_rate_hz, bands, rows])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is known of a shard that was written."""
+
+    fingerprint: str
+    samples: int
+    waveform_samples: int
+    frames: int
+    """Feature frames that the sums are over; 0 outside the training split."""
+    sums: list[float]
+    """Sum of each band."""
+    squares: list[float]
+    """Sum of the squares of each band."""
+
+
+def feature_settings(features: FeaturesConfig) -> dict[str, Any]:
+    """The settings that the band statistics depend on."""
+    return {name: getattr(features, name) for name in ("num_bands", "window_ms", "hop_ms")}
+
+
+def _describe(utterance: Utterance) -> list[Any]:
+    """What the samples of an utterance depend on; a file that is gone is found out when it is read."""
+    if not isinstance(utterance.audio, Path):
+        return [repr(utterance.audio)]
+    try:
+        status = utterance.audio.stat()
+    except OSError:
+        return [str(utterance.audio)]
+    return [str(utterance.audio), status.st_size, status.st_mtime_ns]
+
+
+def note_path(shard: Path) -> Path:
+    """Where the note about a shard lies."""
+    return shard.parent.parent / NOTES / f"{shard.parent.name}-{shard.stem}.json"
+
+
+def read_note(path: Path) -> Note | None:
+    """A note, or None where there is none that can be read."""
+    try:
+        return Note(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_done(task: Task) -> bool:
+    """A shard is done if its note has this fingerprint and its index, written last, says the size that it has."""
+    note = read_note(task.note)
+    if note is None or note.fingerprint != task.fingerprint:
+        return False
+    try:
+        with index_path(task.shard).open(encoding="utf-8") as index:
+            header = json.loads(index.readline())
+        return bool(header["bytes"] == task.shard.stat().st_size and header["samples"] == note.samples)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def write_shard(task: Task) -> list[str]:
+    """Read, convert and pack the samples of a shard; returns what is wrong with them, and then writes nothing."""
+    log_mel = _log_mel(task.features, task.sample_rate_hz) if task.features else None
+    num_bands = log_mel.num_bands if log_mel else 0
+    frames, sums, squares = 0, np.zeros(num_bands), np.zeros(num_bands)
+    lengths: list[int] = []
+    problems: list[str] = []
+    temporary = task.note.with_suffix(".tar.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            # Owner, mode and time are fixed, so that the same samples are the same bytes. PAX takes keys of any
+            # length; for short ones it writes what USTAR does.
+            with TarWriter(stream, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT") as tar:
+                for sample in task.samples:
+                    try:
+                        wave = read_audio(sample.utterance, task.sample_rate_hz)
+                    except AudioError as error:
+                        problems.append(str(error))
+                        continue
+                    lengths.append(len(wave))
+                    tar.write(_members(sample, wave, task.sample_rate_hz))
+                    if log_mel is not None:
+                        with torch.inference_mode():
+                            bands = log_mel.energies(torch.from_numpy(wave.astype(np.float32) / 32768)).double()
+                        frames += len(bands)
+                        sums += bands.sum(0).numpy()
+                        squares += bands.square().sum(0).numpy()
+            stream.flush()
+            os.fsync(stream.fileno())
+        if problems:
+            return problems
+        entries = _entries(temporary, task.samples, lengths)
+        # The index goes first and comes last: whatever happens in between, the shard does not count as done.
+        task.shard.parent.mkdir(exist_ok=True)
+        index_path(task.shard).unlink(missing_ok=True)
+        note = Note(task.fingerprint, len(entries), sum(lengths), frames, sums.tolist(), squares.tolist())
+        _write_whole(task.note, json.dumps(asdict(note)))
+        temporary.replace(task.shard)
+        write_index(task.shard, entries)
+    except OSError as error:
+        raise UserError(
+            f"{show(task.shard)}: cannot be written: {error.strerror}; make room or mend it, and go on"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return []
+
+
+def read_audio(utterance: Utterance, sample_rate_hz: int) -> NDArray[np.int16]:
+    """Samples (N,) of an utterance: one channel, at the wanted rate, 16 bits.
+
+    What has one channel of 16 bits at that rate already comes through bit by bit.
+
+    Raises:
+        AudioError: it cannot be used; the text names the place, the key, the value and the cure.
+    """
+    audio = utterance.audio
+    named = f"{utterance.where}: key {utterance.key}: audio = {show(audio) if isinstance(audio, Path) else audio}"
+    cure = "replace the file or remove the line"
+    try:
+        if isinstance(audio, Path):
+            channels, rate = soundfile.read(audio, dtype="float32", always_2d=True)
+            wave = channels.mean(axis=1) if channels.shape[1] > 1 else channels[:, 0]
+        else:
+            wave, rate = audio()
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
+        if isinstance(audio, Path) and not os.access(audio, os.R_OK):
+            raise AudioError(f"{named}: is missing or may not be read; {cure}") from error
+        reason = str(error).rpartition(": ")[2].strip(" .")
+        raise AudioError(f"{named}: is not audio that can be read ({reason}); {cure}") from error
+    if not len(wave):
+        raise AudioError(f"{named}: has no samples in it; {cure}")
+    if not np.isfinite(wave).all():
+        raise AudioError(f"{named}: holds NaN or infinite samples; {cure}")
+    if rate != sample_rate_hz:
+        wave = _resampler(rate, sample_rate_hz)(torch.from_numpy(np.ascontiguousarray(wave))).numpy()
+    clipped: NDArray[np.int16] = np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
+    return clipped
+
+
+@lru_cache(maxsize=8)
+def _resampler(rate: int, sample_rate_hz: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    resampler: Callable[[torch.Tensor], torch.Tensor] = torchaudio.transforms.Resample(rate, sample_rate_hz)
+    return resampler
+
+
+@lru_cache(maxsize=2)
+def _log_mel(features: FeaturesConfig, sample_rate_hz: int) -> LogMel:
+    return features.build(sample_rate_hz)
+
+
+def _members(sample: Sample, wave: NDArray[np.int16], sample_rate_hz: int) -> dict[str, Any]:
+    """A sample as webdataset writes it."""
+    utterance = sample.utterance
+    about = {
+        "key": utterance.key,
+        "text": utterance.text,
+        "source": utterance.audio.name if isinstance(utterance.audio, Path) else utterance.where,
+        "seconds": len(wave) / sample_rate_hz,
+        "sample_rate_hz": sample_rate_hz,
+    }
+    return {
+        "__key__": utterance.key,
+        "flac": _flac(wave, sample_rate_hz),
+        "txt": sample.text.encode(),
+        "json": json.dumps(about, ensure_ascii=False).encode(),
+    }
+
+
+def _flac(wave: NDArray[np.int16], sample_rate_hz: int) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, sample_rate_hz, format="FLAC", subtype="PCM_16")
+    return stream.getvalue()
+
+
+def _entries(shard: Path, samples: tuple[Sample, ...], lengths: list[int]) -> list[Entry]:
+    """The index of a finished tar, read from the tar itself."""
+    with tarfile.open(shard) as tar:
+        members = {member.name: member for member in tar}
+    entries = []
+    with shard.open("rb") as file:
+        for sample, length in zip(samples, lengths, strict=True):
+            audio, text = (members[f"{sample.utterance.key}.{ending}"] for ending in ("flac", "txt"))
+            file.seek(audio.offset_data)
+            entries.append(
+                Entry(
+                    key=sample.utterance.key,
+                    audio_offset=audio.offset_data,
+                    audio_size=audio.size,
+                    audio_crc32=zlib.crc32(file.read(audio.size)),
+                    text_offset=text.offset_data,
+                    text_size=text.size,
+                    num_samples=length,
+                    label_length=len(sample.text),
+                    ctc_frames=ctc_frames(sample.text),
+                )
+            )
+    return entries
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

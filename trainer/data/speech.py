@@ -1,0 +1,310 @@
+"""Transcribed speech: shards of audio and text to padded batches of features and labels."""
+
+import json
+import os
+import zlib
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor
+
+from trainer import keyed
+from trainer.config import Config, Free, show
+from trainer.data.audio import (
+    AudioError,
+    AugmentConfig,
+    FeaturesConfig,
+    LogMel,
+    SpecAugment,
+    change_speed,
+    decode,
+    stretched,
+)
+from trainer.data.corpora import CorpusConfig, ManifestConfig
+from trainer.data.dataset import Batch, Fault, Media
+from trainer.data.index import Index
+from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, MicroBatch
+from trainer.data.text import Characters, TextConfig, UnknownCharacterError
+from trainer.errors import UserError
+
+
+class SpeechDataConfig(Config):
+    """Where the speech comes from and what is made of it."""
+
+    corpus: CorpusConfig = ManifestConfig()
+    """The raw corpus that `prepare` reads."""
+    path: Free[Path] = Path("data/speech")
+    """Folder of the prepared shards."""
+    sample_rate_hz: PositiveInt = 16000
+    """Audio is resampled to this by `prepare`."""
+    samples_per_shard: PositiveInt = 64
+    text: TextConfig = TextConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+
+class SplitInfo(BaseModel):
+    """Size of one prepared split."""
+
+    samples: int
+    hours: float
+    shards: int
+
+
+class BandStatistics(BaseModel):
+    """Mean and deviation of each log-mel band over the training split."""
+
+    num_bands: int
+    window_ms: float
+    hop_ms: float
+    mean: list[float]
+    deviation: list[float]
+
+
+class Prepared(BaseModel):
+    """`corpus.json`: what `prepare` made, beside the folders train/ valid/ test/ of shards and indexes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    corpus: str
+    sample_rate_hz: int
+    alphabet: str
+    splits: dict[str, SplitInfo]
+    statistics: BandStatistics
+
+    @classmethod
+    def load(cls, folder: Path) -> "Prepared":
+        """Read `corpus.json`.
+
+        Raises:
+            UserError: there is none, or it is not one.
+        """
+        path = folder / "corpus.json"
+        if not path.is_file():
+            raise UserError(
+                f"{show(path)}: is missing, so data.path = {folder} holds no prepared corpus; "
+                "run `./launch.sh prepare CONFIG` first"
+            )
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{show(path)}: is not what `prepare` writes ({error}); prepare the corpus anew") from error
+
+
+class SpeechDataset:
+    """One split of a prepared corpus.
+
+    Args:
+        config: data settings.
+        split: "train", "valid" or "test"; only "train" is shuffled and augmented.
+        plan: batching settings.
+        seed: of the run.
+        num_output_frames: feature frames (N,) -> output frames (N,) of the model, for CTC feasibility.
+
+    Raises:
+        UserError: the corpus is not prepared, or prepared with other settings.
+    """
+
+    def __init__(
+        self,
+        config: SpeechDataConfig,
+        split: str,
+        plan: BucketedConfig,
+        seed: int,
+        num_output_frames: Any,
+    ) -> None:
+        self.config = config
+        self.split = split
+        self.seed = seed
+        self.prepared = Prepared.load(config.path)
+        self._check(config, self.prepared)
+        self.tokens = Characters(config.text.alphabet or self.prepared.alphabet)
+        self.log_mel = build_log_mel(config, self.prepared)
+        self.training = split == "train"
+        self.spec_augment = SpecAugment(config.augment)
+        self.index = Index.load(config.path / split, config.sample_rate_hz)
+        speeds = config.augment.speeds if self.training else (1.0,)
+        if 1.0 not in speeds:
+            speeds = (*speeds, 1.0)
+        num_samples = np.stack(
+            [stretched(self.index.num_samples, np.full(len(self.index), s), config.sample_rate_hz) for s in speeds]
+        )
+        frames = num_output_frames(self.log_mel.num_frames(num_samples))
+        self.plan = BucketedPlan(
+            plan,
+            Lengths(
+                keys=self.index.keys,
+                sample_keys=self.index.sample_keys,
+                shard=self.index.shard,
+                tokens=self.index.label_length,
+                seconds=num_samples / config.sample_rate_hz,
+                feasible=frames >= self.index.ctc_frames,
+                speeds=speeds,
+            ),
+            seed,
+            shuffle=self.training,
+        )
+        self._files: dict[int, int] = {}
+
+    @staticmethod
+    def _check(config: SpeechDataConfig, prepared: Prepared) -> None:
+        where = show(config.path / "corpus.json")
+        wanted = {
+            "data.sample_rate_hz": (config.sample_rate_hz, prepared.sample_rate_hz),
+            "data.features.num_bands": (config.features.num_bands, prepared.statistics.num_bands),
+            "data.features.window_ms": (config.features.window_ms, prepared.statistics.window_ms),
+            "data.features.hop_ms": (config.features.hop_ms, prepared.statistics.hop_ms),
+        }
+        lines = [
+            f"{where}: was prepared with {name} = {made}, the configuration says {now}; run `./launch.sh prepare` again"
+            for name, (now, made) in wanted.items()
+            if now != made
+        ]
+        if lines:
+            raise UserError("\n".join(lines))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.index.keys)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        if shard not in self._files:
+            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
+        return os.pread(self._files[shard], size, offset)
+
+    def waveform(self, row: int) -> NDArray[np.float32]:
+        """Samples (N,) of one recording.
+
+        Raises:
+            AudioError: it cannot be read; the text is the reason.
+        """
+        entry = self.index.entries[row]
+        try:
+            content = self._pread(int(self.index.shard[row]), entry.audio_offset, entry.audio_size)
+        except OSError as error:
+            raise AudioError(f"cannot be read: {error.strerror}") from error
+        if len(content) < entry.audio_size:
+            raise AudioError(f"the shard ends after {len(content)} of {entry.audio_size} bytes")
+        if zlib.crc32(content) != entry.audio_crc32:
+            raise AudioError("checksum differs from the index")
+        samples = decode(content, self.config.sample_rate_hz)
+        if len(samples) != entry.num_samples:
+            raise AudioError(f"{len(samples)} samples, the index says {entry.num_samples}")
+        return samples
+
+    def text(self, row: int) -> str:
+        """Normalised transcript of one recording."""
+        entry = self.index.entries[row]
+        content = self._pread(int(self.index.shard[row]), entry.text_offset, entry.text_size)
+        return content.decode("utf-8")
+
+    def _sample(self, row: int, speed: float) -> tuple[Tensor, list[int]]:
+        """Waveform as the model gets it, and labels.
+
+        Raises:
+            AudioError: something is wrong with it.
+        """
+        samples = torch.from_numpy(self.waveform(row))
+        try:
+            text = self.text(row)
+            labels = self.tokens.encode(text)
+        except UnicodeDecodeError as error:
+            raise AudioError(f"transcript is not UTF-8: {error}") from error
+        except UnknownCharacterError as error:
+            raise AudioError(f"transcript holds {error}, which is not in the alphabet") from error
+        if len(labels) != self.index.label_length[row]:
+            raise AudioError(f"transcript has {len(labels)} labels, the index says {self.index.label_length[row]}")
+        return change_speed(samples, self.config.sample_rate_hz, speed), labels
+
+    def load(self, micro_batch: MicroBatch) -> Batch:
+        """A padded batch.
+
+        Returns:
+            the keys that `Batch` lists, and
+            `audio`: (B, T, F) features, or (B, N) waveforms if `features.where` is "model"; `lengths`: (B,) of it;
+            `labels`: (sum of label lengths,), `label_lengths`: (B,); `seconds`: (B,).
+        """
+        waves, labels, faults, valid = [], [], [], []
+        for row, speed in zip(micro_batch.samples, micro_batch.speeds, strict=True):
+            try:
+                wave, label = self._sample(row, speed)
+            except AudioError as error:
+                faults.append(Fault(self.index.keys[row], str(error)))
+                wave, label = torch.zeros(self.log_mel.n_fft), []
+            valid.append(not faults or faults[-1].key != self.index.keys[row])
+            waves.append(wave)
+            labels.append(label)
+        noise = [
+            keyed.key(self.seed, micro_batch.epoch, self.index.keys[row]) if self.training else 0
+            for row in micro_batch.samples
+        ]
+        return self._collate([self.index.keys[row] for row in micro_batch.samples], waves, labels, valid, noise, faults)
+
+    def dummy(self) -> Batch:
+        """Silence just long enough for one frame, not valid."""
+        return self._collate([""], [torch.zeros(self.log_mel.n_fft)], [[]], [False], [0], [])
+
+    def _collate(
+        self,
+        keys: list[str],
+        waves: list[Tensor],
+        labels: list[list[int]],
+        valid: list[bool],
+        noise: list[int],
+        faults: Collection[Fault],
+    ) -> Batch:
+        lengths = torch.tensor([len(w) for w in waves])
+        audio = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
+        checksums = [zlib.crc32(w.numpy().tobytes()) for w in waves]
+        noise_keys = torch.tensor(noise)
+        if self.config.features.where == "worker":
+            audio, lengths = self.log_mel(audio, lengths)
+            if self.training:
+                audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
+        return {
+            "keys": keys,
+            "valid": torch.tensor(valid),
+            "noise_keys": noise_keys,
+            "checksums": checksums,
+            "faults": list(faults),
+            "audio": audio,
+            "lengths": lengths,
+            "labels": torch.tensor([i for label in labels for i in label], dtype=torch.long),
+            "label_lengths": torch.tensor([len(label) for label in labels]),
+            "seconds": torch.tensor([len(w) / self.config.sample_rate_hz for w in waves]),
+        }
+
+    def media(self, key: str) -> Media:
+        """The recording and its normalised log-mel picture."""
+        row = self._rows[key]
+        samples = self.waveform(row)
+        features, _ = self.log_mel(torch.from_numpy(samples)[None], torch.tensor([len(samples)]))
+        return Media(samples, self.config.sample_rate_hz, features[0].T.numpy())
+
+
+def build_log_mel(config: SpeechDataConfig, prepared: Prepared) -> LogMel:
+    """The feature module with the corpus statistics in it."""
+    log_mel = config.features.build(config.sample_rate_hz)
+    log_mel.mean.copy_(torch.tensor(prepared.statistics.mean))
+    log_mel.deviation.copy_(torch.tensor(prepared.statistics.deviation))
+    return log_mel
+
+
+def write_prepared(prepared: Prepared, folder: Path) -> None:
+    """Write `corpus.json`, whole or not at all."""
+    temporary = folder / "corpus.json.tmp"
+    temporary.write_text(json.dumps(prepared.model_dump(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / "corpus.json")

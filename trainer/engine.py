@@ -1,0 +1,475 @@
+"""The one training loop. It accumulates, clips, steps, logs, validates and saves, and knows no task.
+
+What the loop may rely on: the plan gives every rank the same number of rounds, so no rank waits for one that has run
+out of data; the counts of a step are known before it runs, so the loss needs no collective to be normalised; and all
+decisions (stop, best, plateau, bad samples) are made from numbers that are equal on every rank.
+"""
+
+import logging
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import checkpoint as checkpoints
+from trainer import config as configuration
+from trainer import distributed, keyed
+from trainer.checkpoint import Checkpoint
+from trainer.data.dataset import Batch, Dataset
+from trainer.data.loader import Loader
+from trainer.data.plan import MicroBatch, Step, mine
+from trainer.distributed import Ranks, Trained
+from trainer.errors import RequeueError, UserError
+from trainer.metrics import Mean, add
+from trainer.models.normalization import update_statistics
+from trainer.optim import Plateau, set_lr
+from trainer.recipe import Recipe, Row, StepOutput
+from trainer.run import Ledger, RunDirectory, append, read_lines
+from trainer.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draw every module's weights from (seed, name of the module): adding a layer does not change the others."""
+    with torch.random.fork_rng(devices=[]):
+        for name, module in model.named_modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                torch.manual_seed(keyed.key(seed, name, "weights"))
+                reset()
+
+
+@dataclass
+class Position:
+    """Where a run stands: what a checkpoint holds besides tensors."""
+
+    step: int = 0
+    """Steps of the plan that are done; also the name of the checkpoint."""
+    epoch: int = 0
+    step_in_epoch: int = 0
+    applied_steps: int = 0
+    """Optimizer steps that were not refused: the clock of the schedule."""
+    refused_steps: int = 0
+    total_steps: int = 0
+    """Length of the schedule, fixed when the run began."""
+    excluded: list[str] = field(default_factory=list)
+    """Keys left out of this epoch."""
+    bad: list[str] = field(default_factory=list)
+    """Keys known to be bad: left out from the next epoch on."""
+    audio_seconds: float = 0.0
+    """Sound trained on so far."""
+    train_seconds: float = 0.0
+    """Wall time of all steps so far."""
+
+
+class StopSignals:
+    """Catches SIGTERM, SIGUSR1 and SIGINT: the first asks the loop to save and stop, the second ends at once."""
+
+    NAMES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for name in self.NAMES:
+            self._old[name] = signal.signal(name, self._receive)
+        return self
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self._old.items():
+            signal.signal(name, handler)
+
+
+class Evaluator:
+    """Scores a split with a plain copy of the model, which holds the averaged weights.
+
+    A copy of its own takes no part in training: nothing is written into a trained parameter, and no collective runs
+    inside a forward pass. Results are added in the order of the micro-batches, so they are the same on any number of
+    ranks.
+    """
+
+    def __init__(self, recipe: Recipe[Any], dataset: Dataset, ranks: Ranks) -> None:
+        self.recipe = recipe
+        self.dataset = dataset
+        self.ranks = ranks
+        self.model = recipe.build_model().to(ranks.device).eval()
+
+    @torch.inference_mode()
+    def run(self, weights: dict[str, Tensor]) -> tuple[dict[str, float], list[Row]]:
+        """Means of all losses ("loss" is their weighted sum) and metrics, and a row a sample; equal on all ranks."""
+        self.model.load_state_dict(weights)
+        steps = self.dataset.plan.epoch(0)
+        rounds = [Step((m,), {}) for step in steps for m in step.micro_batches]
+        own = rounds[self.ranks.rank :: self.ranks.world_size]
+        results = []
+        for number, step in enumerate(own):
+            batch = to_device(self.dataset.load(step.micro_batches[0]), self.ranks.device)
+            output = self.recipe.step(self.model, batch)
+            means = {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()}
+            weight = {name: x.weight for name, x in output.losses.items()}
+            means |= {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()}
+            results.append((number * self.ranks.world_size + self.ranks.rank, means, weight, output.rows))
+        everything = sorted((r for part in distributed.gather(results) for r in part), key=lambda r: r[0])
+        totals: dict[str, Mean] = {}
+        weights_of: dict[str, float] = {}
+        rows: list[Row] = []
+        for _, means, weight, more in everything:
+            add(totals, means)
+            weights_of |= weight
+            rows += more
+        values = {name: float(m.sum) / max(m.count, 1e-9) for name, m in totals.items()}
+        values["loss"] = sum(values[name] * w for name, w in weights_of.items())
+        return values, rows
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move the tensors of a batch."""
+    if device.type == "cpu":
+        return batch
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+class Training:
+    """One run from where it stands to its end.
+
+    Args:
+        recipe: with its configuration.
+        ranks: this process among all.
+    """
+
+    def __init__(self, recipe: Recipe[Any], ranks: Ranks) -> None:
+        self.recipe, self.ranks, self.config = recipe, ranks, recipe.config
+        config = self.config
+        self.run = RunDirectory(config.runs_dir / config.name)
+        distributed.on_first(lambda: self.run.claim(config))
+        self._log_to_file()
+        self.dataset = recipe.build_dataset("train")
+        self.validation = Evaluator(recipe, recipe.build_dataset("valid"), ranks)
+        self.rounds = math.ceil(self.dataset.plan.micro_batches_per_step / ranks.world_size)
+        model = recipe.build_model()
+        initialise(model, config.seed)
+        found = checkpoints.newest(self.run.checkpoints)
+        if found is None and config.init_from is not None:
+            self._take_weights(model)
+        model.to(ranks.device)
+        self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
+        self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
+        self.run_id = distributed.from_first(f"{keyed.key(config.name, time.time_ns()):016x}"[-8:])
+        if found is not None:
+            self._restore(found)
+        else:
+            first = self.dataset.plan.epoch(0)
+            if not first:
+                raise UserError(f"{config.name}: the training split holds no usable sample: {self._rejected()}")
+            self.position.total_steps = config.max_steps or len(first) * config.max_epochs
+        distributed.on_first(lambda: self.run.cut_back(self.position.step))
+        self.ledger = Ledger(self.run.ledger, ranks.rank)
+        self.tracker = Tracker(
+            config.tracking,
+            self.run.path,
+            config.name,
+            self.run_id,
+            configuration.plain(config),
+            self.position.total_steps,
+            active=ranks.first,
+        )
+
+    def _log_to_file(self) -> None:
+        handler = logging.FileHandler(self.run.logs / f"rank-{self.ranks.rank:05d}.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+
+    def _rejected(self) -> str:
+        reasons: dict[str, int] = {}
+        for r in self.dataset.plan.rejections:
+            reasons[r.reason] = reasons.get(r.reason, 0) + 1
+        return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none rejected"
+
+    def _take_weights(self, model: nn.Module) -> None:
+        source = RunDirectory.existing(str(self.config.init_from))
+        weights = checkpoints.best(source.checkpoints).weights()
+        own = {name: list(t.shape) for name, t in model.state_dict().items()}
+        theirs = {name: list(t.shape) for name, t in weights.items()}
+        wrong = [
+            f"{n}: here {own.get(n, 'absent')}, there {theirs.get(n, 'absent')}"
+            for n in sorted({*own, *theirs})
+            if own.get(n) != theirs.get(n)
+        ]
+        if wrong:
+            raise UserError(
+                f"init_from = {self.config.init_from}: its weights do not fit this model:\n" + "\n".join(wrong)
+            )
+        model.load_state_dict(weights)
+        log.info("took the weights of %s", self.config.init_from)
+
+    def _restore(self, found: Checkpoint) -> None:
+        state = found.state
+        self.trained.allocate(found.slots(), state["scalars"])
+        found.fill(self.trained.slices(everything=True))
+        self.trained.filled()
+        self.position = Position(**state["position"])
+        self.plateau.restore(state["plateau"])
+        self.best = {int(step): value for step, value in state["best"].items()}
+        self.run_id = state["run_id"]
+        log.info("resumed from %s", found.folder)
+
+    # The loop
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end.
+
+        Returns:
+            the last validation's numbers.
+
+        Raises:
+            RequeueError: stopped by a signal, saved.
+            UserError: too many bad samples or refused steps.
+        """
+        where = self.position
+        self._greet()
+        exit_code = 1
+        values: dict[str, float] = {}
+        try:
+            with StopSignals() as self.signals:
+                while not self._finished():
+                    values = self._epoch() or values
+            if not checkpoints.step_folder(self.run.checkpoints, where.step).is_dir():
+                self._save()
+            exit_code = 0
+        except RequeueError:
+            exit_code = 75
+            raise
+        finally:
+            self.ledger.close()
+            self.tracker.finish(exit_code)
+        return values
+
+    def _greet(self) -> None:
+        where = self.position
+        if where.step:
+            self.tracker.say(f"resumed at step {where.step} (epoch {where.epoch + 1}) of {where.total_steps}")
+        if self.dataset.plan.rejections:
+            self.tracker.say(f"left out: {self._rejected()}")
+        trained = sum(p.numel() for p in self.trained.module.parameters())
+        self.tracker.say(
+            f"{self.config.name}: {trained:,} parameters, {self.ranks.world_size} process(es) x "
+            f"{torch.get_num_threads()} thread(s), {self.rounds} micro-batch(es) each a step, "
+            f"ZeRO {self.config.zero.stage}, {self.config.precision}"
+        )
+
+    def _finished(self) -> bool:
+        where, config = self.position, self.config
+        stop_after = config.validation.early_stop_after
+        if stop_after is not None and self.plateau.since_best >= stop_after:
+            self.tracker.say(f"stopped early: no better {self.recipe.monitor} for {stop_after} validations")
+            return True
+        return where.epoch >= config.max_epochs or (config.max_steps is not None and where.step >= config.max_steps)
+
+    def _epoch(self) -> dict[str, float] | None:
+        """Train what is left of the current epoch; the numbers of its last validation, if there was one."""
+        where, config = self.position, self.config
+        steps = self.dataset.plan.epoch(where.epoch, where.excluded)
+        left = steps[where.step_in_epoch :]
+        ranks = self.ranks
+        loader = Loader(self.dataset, left, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
+        values = None
+        for step, batches in zip(left, loader, strict=True):
+            self._step(step, batches, loader.waited_seconds)
+            last = where.step_in_epoch == len(steps)
+            if last:
+                where.epoch, where.step_in_epoch = where.epoch + 1, 0
+                where.excluded = sorted(where.bad)
+            every = config.validation.every_steps
+            ended = config.max_steps is not None and where.step >= config.max_steps
+            better = False
+            if (where.step % every == 0 if every else last) or ended or (last and where.epoch >= config.max_epochs):
+                values, better = self._validate()
+            if better or where.step % config.checkpoint.every_steps == 0 or self._stopping:
+                self._save()
+            if self._stopping:
+                self.tracker.say(f"stopped by a signal at step {where.step}, saved; the same command goes on")
+                raise RequeueError
+            if self._finished():
+                break
+        return values
+
+    _stopping = False
+
+    def _step(self, step: Step, batches: list[Batch], waited: float) -> None:
+        where, config, start = self.position, self.config, time.perf_counter()
+        lr = config.optimizer.lr * config.schedule.factor(where.applied_steps, where.total_steps, self.plateau)
+        set_lr(self.trained.optimizer, lr)
+        self.trained.module.train()
+        sums: dict[str, float] = {}
+        faults = []
+        applied = None
+        own: list[MicroBatch | None] = mine(step, self.ranks.rank, self.ranks.world_size, self.rounds)
+        for micro_batch, batch in zip(own, batches, strict=True):
+            if micro_batch is not None:
+                self.ledger.write(where.epoch, where.step + 1, micro_batch.number, batch)
+                faults += batch["faults"]
+            output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device))
+            self.trained.backward(self._scaled(output, step))
+            for name, loss in output.losses.items():
+                sums[name] = sums.get(name, 0.0) + float(loss.sum.detach())
+            applied = self.trained.step()
+        assert applied is not None
+        update_statistics(self.trained.module, applied.applied)
+
+        names = sorted(sums)
+        vote = torch.tensor(
+            [float(self.signals.received is not None), float(len(faults)), waited, *(sums[n] for n in names)],
+            dtype=torch.float64,
+        ).to(self.ranks.device)
+        stop, num_faults, waiting, *totals = distributed.sum_over_ranks(vote).tolist()
+        self._stopping = stop > 0
+        where.step += 1
+        where.step_in_epoch += 1
+        where.applied_steps += applied.applied
+        where.audio_seconds += step.counts.get("seconds", 0.0)
+        seconds = time.perf_counter() - start + waited
+        where.train_seconds += seconds
+        if num_faults:
+            self._quarantine(faults)
+        if not applied.applied:
+            self._refused(step)
+        units = {n: loss.unit for n, loss in output.losses.items()}
+        means = {n: total / max(step.counts[units[n]], 1.0) for n, total in zip(names, totals, strict=True)}
+        self._track(step, means, output, lr, applied.grad_norm, seconds, waiting / self.ranks.world_size)
+
+    def _scaled(self, output: StepOutput, step: Step) -> Tensor:
+        """What to differentiate, so that after DeepSpeed's division by rounds and ranks each loss is divided by its
+        own count over the whole step."""
+        parts = self.rounds * self.ranks.world_size
+        total = sum(
+            (x.sum * (x.weight * parts / max(step.counts[x.unit], 1.0)) for x in output.losses.values()),
+            start=torch.zeros((), device=self.ranks.device),
+        )
+        return total if output.penalty is None else total + output.penalty
+
+    def _track(
+        self,
+        step: Step,
+        means: dict[str, float],
+        output: StepOutput,
+        lr: float,
+        grad_norm: float,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        where = self.position
+        loss = sum(means[n] * x.weight for n, x in output.losses.items())
+        hours_a_second = step.counts.get("seconds", 0.0) / 3600 / seconds
+        left = (where.total_steps - where.step) * where.train_seconds / where.step
+        self.tracker.train(
+            {
+                "step": where.step,
+                "epoch": where.epoch,
+                "loss": loss,
+                **(means if len(means) > 1 else {}),
+                "lr": lr,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                "refused_steps": where.refused_steps,
+                "audio_hours": where.audio_seconds / 3600,
+                "audio_hours_per_second": hours_a_second,
+                "padding_percent": 100 * (1 - step.counts["seconds"] / step.counts["padded_seconds"])
+                if "padded_seconds" in step.counts
+                else 0.0,
+                "data_wait_percent": 100 * waited / seconds,
+                "step_seconds": seconds,
+            },
+            f"loss {loss:.3f}  lr {lr:.1e}  {hours_a_second * 3600:.0f}x real time  "
+            f"epoch {where.epoch + 1}  {max(left, 0) / 60:.1f} min left",
+        )
+
+    def _quarantine(self, own: list[Any]) -> None:
+        where = self.position
+        rows = [
+            {"key": f.key, "reason": f.reason, "epoch": where.epoch, "step": where.step}
+            for part in distributed.gather(own)
+            for f in part
+        ]
+        where.bad = sorted({*where.bad, *(row["key"] for row in rows)})
+        if self.ranks.first:
+            append(self.run.quarantine, rows)
+            for row in rows:
+                log.warning("bad sample %s: %s", row["key"], row["reason"])
+        allowed = max(1, int(self.config.max_bad_share * len(self.dataset)))
+        if len(where.bad) > allowed:
+            shown = list(read_lines(self.run.quarantine))[-10:] if self.ranks.first else []
+            raise UserError(
+                f"{self.run.quarantine}: {len(where.bad)} bad samples, more than max_bad_share = "
+                f"{self.config.max_bad_share:g} allows ({allowed}); mend the data or raise it. The last ones:\n"
+                + "\n".join(f"  {row['key']}: {row['reason']}" for row in shown)
+            )
+
+    def _refused(self, step: Step) -> None:
+        where = self.position
+        where.refused_steps += 1
+        if self.ranks.first:
+            samples = [s for m in step.micro_batches for s in m.samples]
+            append(self.run.refused, [{"step": where.step, "epoch": where.epoch, "samples": samples}])
+            log.warning("step %d was refused: its gradient is not finite", where.step)
+        if where.refused_steps > self.config.max_refused_steps:
+            raise UserError(
+                f"{self.run.refused}: {where.refused_steps} steps had a gradient that was not finite, more than "
+                f"max_refused_steps = {self.config.max_refused_steps}; lower optimizer.lr or look at these samples"
+            )
+
+    # Validation and checkpoints
+
+    def weights(self) -> dict[str, Tensor]:
+        """State dict to evaluate with: averaged weights (if kept), the other weights, and buffers."""
+        return {**self.trained.module.state_dict(), **self.trained.full()}
+
+    def _validate(self) -> tuple[dict[str, float], bool]:
+        where, start = self.position, time.perf_counter()
+        values, rows = self.validation.run(self.weights())
+        monitor = self.recipe.monitor
+        if monitor not in values:
+            raise KeyError(f"the recipe monitors {monitor!r}; validation gives {sorted(values)}")
+        better = self.plateau.observe(values[monitor], where.step, self.config.schedule)
+        self.best[where.step] = values[monitor]
+        epoch = where.epoch
+        self.tracker.validation(
+            {
+                "step": where.step,
+                "epoch": epoch,
+                **values,
+                "best": self.plateau.best,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        if self.ranks.first and self.config.validation.table_rows:
+            shown = sorted(rows, key=lambda r: keyed.key("table", r.key))[: self.config.validation.table_rows]
+            cells: list[tuple[dict[str, str | float], Any]] = []
+            for r in shown:
+                cells.append(({"key": r.key, "error": r.rate, **r.columns}, self.validation.dataset.media(r.key)))
+            self.tracker.table(where.step, epoch, "valid/table", cells)
+        return values, better
+
+    def _save(self) -> None:
+        state = {
+            "position": dict(self.position.__dict__),
+            "plateau": self.plateau.state(),
+            "best": {str(step): value for step, value in self.best.items()},
+            "run_id": self.run_id,
+            "scalars": self.trained.scalars(),
+            "shapes": {name: list(t.shape) for name, t in self.trained.module.state_dict().items()},
+            "world_size": self.ranks.world_size,
+            "zero_stage": self.config.zero.stage,
+            "config": configuration.plain(self.config),
+        }
+        checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, self.trained.slices(), state)

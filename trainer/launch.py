@@ -1,0 +1,160 @@
+"""The spawner: starts the ranks of one host, passes signals on, and returns their exit code.
+
+DeepSpeed's own front end passes no signals on and leaves orphans behind. Each rank here dies with the spawner (the
+kernel sees to it), the first one that fails ends the others, and its exit code is returned.
+
+Several hosts: the same command on each with `--hosts FILE --node K`, where FILE has a line `HOST slots=N` a host and K
+is the line's number from 0; the first host is where the ranks meet.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import UserError
+
+GRACE_SECONDS = 30.0
+"""Time that ranks have to save after SIGTERM before they are killed."""
+AFTER_FAILURE_SECONDS = 5.0
+"""Time that the others have to end after one rank failed."""
+STORE = "OSTINATO_STORE"
+PORT = 29400
+
+
+@dataclass(frozen=True)
+class Host:
+    """A line of a hosts file."""
+
+    name: str
+    slots: int
+
+
+def read_hosts(path: Path) -> list[Host]:
+    """Hosts of a file in DeepSpeed's format: `name slots=N` a line, # starts a comment.
+
+    Raises:
+        UserError: no such file, or a line of another form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--hosts {path}: cannot be read: {error.strerror}") from error
+    hosts = []
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"(\S+)(?:\s+slots=(\d+))?", text)
+        if match is None or match[2] == "0":
+            raise UserError(f"{path}:{number}: {line!r}: wanted `HOST slots=N`")
+        hosts.append(Host(match[1], int(match[2] or 1)))
+    if not hosts:
+        raise UserError(f"{path}: names no host; write a line `HOST slots=N` for each")
+    return hosts
+
+
+def default_processes() -> int:
+    """One process a GPU, or one in all."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def run(arguments: list[str], nproc: int, hosts: list[Host] | None = None, node: int = 0) -> int:
+    """Start the ranks of this host as `python -m trainer ARGUMENTS` and wait for them.
+
+    Args:
+        nproc: processes on this host (without `hosts`).
+        hosts: of the whole job; None for this one alone.
+        node: number of this host.
+
+    Returns:
+        the exit code: 0 if all ended well, else that of the first that did not; 128 + n for a signal n.
+    """
+    store = None
+    environment = dict(os.environ)
+    if hosts is None:
+        # A file is enough to meet on one host: no port to choose, nothing that listens.
+        store = Path(tempfile.mkdtemp(prefix="ostinato-")) / "store"
+        environment[STORE] = str(store)
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        first_rank, world_size = 0, nproc
+    else:
+        nproc = hosts[node].slots
+        first_rank = sum(h.slots for h in hosts[:node])
+        world_size = sum(h.slots for h in hosts)
+        environment["MASTER_ADDR"] = hosts[0].name
+        environment.setdefault("MASTER_PORT", str(PORT))
+    environment["WORLD_SIZE"] = str(world_size)
+    environment["LOCAL_WORLD_SIZE"] = str(nproc)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    environment["OSTINATO_PARENT"] = str(os.getpid())
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _: object) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    old = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        for local in range(nproc):
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "trainer", *arguments],
+                    env=environment | {"RANK": str(first_rank + local), "LOCAL_RANK": str(local)},
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # so Ctrl-C reaches a rank once, through us
+                )
+            )
+        return _wait(ranks)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+            rank.wait()
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        if store is not None:
+            store.unlink(missing_ok=True)
+            store.parent.rmdir()
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait until all ranks ended; after the first failure the others get a little time, then SIGKILL."""
+    deadline = None
+    code = 0
+    while True:
+        running = [rank for rank in ranks if rank.poll() is None]
+        failed = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
+        if failed and not code:
+            code = failed[0]
+            seconds = GRACE_SECONDS if code == 75 else AFTER_FAILURE_SECONDS
+            deadline = time.monotonic() + seconds
+            if code != 75:
+                for rank in running:
+                    rank.send_signal(signal.SIGTERM)
+        if not running:
+            return code if code >= 0 else 128 - code
+        if deadline is not None and time.monotonic() > deadline:
+            for rank in running:
+                rank.kill()
+        time.sleep(0.05)
+
+
+def die_with_spawner() -> None:
+    """In a rank: end when the spawner does, even if that is killed."""
+    parent = os.environ.get("OSTINATO_PARENT")
+    if parent is None:
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):
+        os._exit(1)

@@ -1,0 +1,23 @@
+"""What a structure of recurrence answers."""
+
+from torch import Tensor, nn
+
+
+class Structure(nn.Module):
+    """The recurrent matrices of a cell, one for each gate, all of the same structure.
+
+    Shape:
+        h: (..., H) -> (..., G H), the gates one after the other
+    """
+
+    weight: Tensor
+    num_gates: int
+    hidden_size: int
+
+    def dense(self) -> Tensor:
+        """The matrices as one of (G H, H), so that `forward(h)` equals `h @ dense().T`."""
+        raise TypeError(f"{type(self).__name__} lacks dense")
+
+    def multiply_adds(self) -> int:
+        """Multiplications of one step of one row."""
+        return self.weight.numel()

@@ -1,0 +1,196 @@
+"""What a recipe is: a config, a model, data, and the loss of one micro-batch. A new task is one file in `recipes/`.
+
+The engine calls `build_model`, `build_dataset` and `step`, and knows nothing else of the task.
+"""
+
+import difflib
+import importlib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from trainer import config as configuration
+from trainer.checkpoint import CheckpointConfig
+from trainer.config import PROJECT, Config, Free
+from trainer.data.dataset import Batch, Dataset
+from trainer.data.plan import BucketedConfig
+from trainer.distributed import ZeroConfig
+from trainer.errors import UserError
+from trainer.metrics import Loss, Mean
+from trainer.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleConfig
+from trainer.tracking import TrackingConfig
+
+Split = Literal["train", "valid", "test"]
+
+
+@dataclass
+class Row:
+    """One sample of an evaluation, for tables: its key, its errors (more is worse), and what to show."""
+
+    key: str
+    errors: float
+    length: float
+    columns: dict[str, str]
+
+    @property
+    def rate(self) -> float:
+        return self.errors / max(self.length, 1.0)
+
+
+@dataclass
+class StepOutput:
+    """What a recipe returns for one micro-batch."""
+
+    losses: dict[str, Loss]
+    metrics: dict[str, Mean] = field(default_factory=dict)
+    penalty: Tensor | None = None
+    """Added once a step, whatever the accumulation and the number of ranks: a function of the weights alone."""
+    rows: list[Row] = field(default_factory=list)
+    """In evaluation: a row a sample."""
+
+
+class ValidationConfig(Config):
+    """When the validation split is scored and what follows from it."""
+
+    every_steps: Free[int | None] = Field(None, ge=1)
+    """Null: at the end of each epoch."""
+    early_stop_after: Free[int | None] = Field(None, ge=1)
+    """Stop after so many validations without a new best; null: never."""
+    table_rows: Free[int] = Field(8, ge=0)
+    """Utterances in the table of W&B, with sound."""
+
+
+class RunConfig(Config):
+    """Everything about a run. A recipe adds `data` and `model`."""
+
+    recipe: str
+    """File in `recipes/`, without the ending."""
+    name: Free[str | None] = None
+    """Name of the run directory; null: that of the config file."""
+    runs_dir: Free[Path] = Path("runs")
+    """Where run directories are made."""
+    seed: int = Field(0, ge=0)
+    max_epochs: Free[PositiveInt] = 20
+    """Passes over the training data. The schedule keeps the length it had when the run began."""
+    max_steps: Free[int | None] = Field(None, ge=1)
+    """Stop after so many optimizer steps; null: at `max_epochs`."""
+    num_workers: Free[int] = Field(1, ge=0)
+    """Loader processes of each rank; 0 loads in the rank itself."""
+    max_bad_share: Free[float] = Field(0.01, ge=0, le=1)
+    """Stop when more than this share of the samples turned out bad."""
+    max_refused_steps: Free[int] = Field(20, ge=0)
+    """Stop after so many steps with a non-finite gradient."""
+    init_from: Free[Path | None] = None
+    """Take the weights (nothing else) of another run's best checkpoint."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products in bfloat16; weights, losses and reductions stay in float32."""
+    plan: BucketedConfig = BucketedConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
+    schedule: ScheduleConfig = CosineConfig()
+    zero: Free[ZeroConfig] = ZeroConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: Free[CheckpointConfig] = CheckpointConfig()
+    tracking: Free[TrackingConfig] = TrackingConfig()
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+class Recipe(Generic[C]):
+    """A task.
+
+    Args:
+        config: of the run.
+
+    Attributes:
+        monitor: the metric or loss of the validation by which the best checkpoint is chosen; lower is better.
+    """
+
+    monitor: ClassVar[str]
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @classmethod
+    def config_class(cls) -> type[RunConfig]:
+        """The `C` of `Recipe[C]`."""
+        for base in getattr(cls, "__orig_bases__", ()):
+            if typing.get_origin(base) is Recipe:
+                found: type[RunConfig] = typing.get_args(base)[0]
+                return found
+        raise TypeError(f"{cls.__name__} does not say Recipe[ItsRunConfig]")
+
+    def prepare(self) -> None:
+        """Make the data set that `build_dataset` reads; nothing by default."""
+
+    def build_model(self) -> nn.Module:
+        """The model, with any weights: the engine draws them anew from (seed, name)."""
+        raise TypeError(f"{type(self).__name__} lacks build_model")
+
+    def build_dataset(self, split: Split) -> Dataset:
+        """One split."""
+        raise TypeError(f"{type(self).__name__} lacks build_dataset")
+
+    def step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        """Losses, and in evaluation (`not model.training`) metrics and rows, of one micro-batch.
+
+        Places with `valid` false count 0 and still go through the model, so that all ranks run the same passes.
+        """
+        raise TypeError(f"{type(self).__name__} lacks step")
+
+    def describe(self, model: nn.Module) -> dict[str, str]:
+        """Facts about the model for `plan` and the report, e.g. the share of the weights that is recurrent."""
+        return {}
+
+
+def known_recipes() -> list[str]:
+    """Names of the files in `recipes/`."""
+    return sorted(p.stem for p in (PROJECT / "recipes").glob("*.py") if not p.stem.startswith("_"))
+
+
+def find_recipe(name: Any, origin: str) -> type[Recipe[Any]]:
+    """The recipe class of a file in `recipes/`.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    known = known_recipes()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "known recipes: " + ", ".join(known)
+        raise UserError(f"{origin}: recipe = {name!r}: there is no such file in recipes/; {hint}")
+    found: type[Recipe[Any]] = importlib.import_module(f"recipes.{name}").recipe
+    return found
+
+
+def load(config: str, overrides: Sequence[str] = ()) -> Recipe[Any]:
+    """The recipe with its configuration, from a config name and `key=value` arguments.
+
+    Raises:
+        UserError: anything wrong with either, all at once.
+    """
+    path = configuration.find_file(config)
+    source = configuration.gather(path, overrides)
+    if "recipe" not in source.values:
+        raise UserError(f"{configuration.show(path)}: recipe: is missing; add one of {', '.join(known_recipes())}")
+    cls = find_recipe(source.values["recipe"], source.origin("recipe"))
+    if source.values.get("name") is None:
+        name = path.resolve().with_suffix("")
+        configs = PROJECT / "configs"
+        source.set("name", "-".join(name.relative_to(configs).parts) if configs in name.parents else name.stem, "")
+    return cls(configuration.validate(cls.config_class(), source))
+
+
+def from_plain(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe[Any]:
+    """The recipe of a configuration saved in a run directory or checkpoint."""
+    source = configuration.Source()
+    for name, value in values.items():
+        source.set(name, value, origin)
+    configuration.override(source, overrides)
+    cls = find_recipe(source.values.get("recipe"), origin)
+    return cls(configuration.validate(cls.config_class(), source))

@@ -1,0 +1,171 @@
+"""The run directory: everything about a run in one place, and what a resumed run must agree with.
+
+runs/NAME/
+  config.yaml        resolved configuration
+  checkpoints/       see trainer.checkpoint
+  ledger/            rank-00000.jsonl: which samples were in which step, with checksums
+  metrics.jsonl      numbers of each step and validation
+  quarantine.jsonl   bad samples and why
+  refused.jsonl      steps whose gradient was not finite, and their samples
+  logs/ wandb/ report.html
+"""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from trainer import config as configuration
+from trainer.config import show
+from trainer.data.dataset import Batch
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """Paths and files of one run.
+
+    Args:
+        path: need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.quarantine = path / "quarantine.jsonl"
+        self.refused = path / "refused.jsonl"
+        self.ledger = path / "ledger"
+        self.logs = path / "logs"
+        self.report = path / "report.html"
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def existing(cls, name: str) -> "RunDirectory":
+        """The run named on the command line: a path, or a name under runs/.
+
+        Raises:
+            UserError: there is no such run.
+        """
+        for path in (Path(name), Path("runs") / name, Path("runs") / name.replace("/", "-")):
+            if (path / "config.yaml").is_file():
+                return cls(path)
+        known = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
+        raise UserError(
+            f"{name}: is not a run directory (no config.yaml in it, nor in runs/{name}); "
+            + (f"known runs: {', '.join(known)}" if known else "there is no run yet: `./launch.sh train CONFIG`")
+        )
+
+    def saved_config(self) -> dict[str, Any]:
+        """The configuration the run was started with."""
+        return configuration.load_yaml(self.config.read_text(encoding="utf-8"))
+
+    def claim(self, config: configuration.Config) -> None:
+        """Make the directory, or check that it belongs to the same run; rank 0 only.
+
+        Raises:
+            UserError: it holds a run of another configuration, or another process is at work in it.
+        """
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self.ledger.mkdir(exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{show(self.path)}: another process trains this run; wait for it or take another name="
+            ) from error
+        except OSError as error:
+            raise UserError(f"{show(self.path)}: cannot be written: {error.strerror}; set runs_dir=FOLDER") from error
+        if self.config.is_file():
+            different = configuration.differences(self.saved_config(), config)
+            if different:
+                lines = [f"{show(self.config)}: {name} = {old!r}, now {new!r}" for name, old, new in different]
+                raise UserError(
+                    "\n".join(lines)
+                    + f"\nthis would be another run than the one in {show(self.path)}: put the values back to resume, "
+                    f"or start a new one with name=OTHER (and init_from={show(self.path)} to take its weights)"
+                )
+        temporary = self.config.with_suffix(".tmp")
+        temporary.write_text(configuration.dump_yaml(configuration.plain(config)), encoding="utf-8")
+        temporary.replace(self.config)
+
+    def cut_back(self, step: int) -> None:
+        """Forget what was written after a step, in every file; rank 0 only."""
+        for path in [self.metrics, self.quarantine, self.refused, *sorted(self.ledger.glob("*.jsonl"))]:
+            _keep_lines(path, lambda row: row["step"] <= step)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file; a torn last line, left by a killed process, is skipped."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    if not path.is_file():
+        return
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in read_lines(path):
+            if wanted(row):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a JSONL file."""
+    if rows:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class Ledger:
+    """Which samples this rank trained on, written from the batches themselves.
+
+    A row: {"epoch", "step", "micro_batch", "keys", "checksums", "bad"}, the step counted from the start of the run; a
+    dummy leaves none.
+
+    Args:
+        folder: `ledger/` of the run.
+        rank: one file a rank, so nobody waits.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._file = (folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
+
+    def write(self, epoch: int, step: int, micro_batch: int, batch: Batch) -> None:
+        """Record one batch that was handed to the recipe."""
+        bad = [k for k, ok in zip(batch["keys"], batch["valid"].tolist(), strict=True) if not ok]
+        row = {
+            "epoch": epoch,
+            "step": step,
+            "micro_batch": micro_batch,
+            "keys": batch["keys"],
+            "checksums": batch["checksums"],
+            "bad": bad,
+        }
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a ledger in the order of the plan, whatever the number of ranks that wrote it."""
+    rows = [row for path in sorted(folder.glob("rank-*.jsonl")) for row in read_lines(path)]
+    return sorted(rows, key=lambda row: (row["step"], row["micro_batch"]))
