@@ -288,6 +288,7 @@ class Training:
         for step, batches in zip(left, loader, strict=True):
             self._step(step, batches, loader.waited_seconds)
             last = where.step_in_epoch == len(steps)
+            epoch = where.epoch
             if last:
                 where.epoch, where.step_in_epoch = where.epoch + 1, 0
                 where.excluded = sorted(where.bad)
@@ -295,7 +296,7 @@ class Training:
             ended = config.max_steps is not None and where.step >= config.max_steps
             better = False
             if (where.step % every == 0 if every else last) or ended or (last and where.epoch >= config.max_epochs):
-                values, better = self._validate()
+                values, better = self._validate(epoch)
             if better or where.step % config.checkpoint.every_steps == 0 or self._stopping:
                 self._save()
             if self._stopping:
@@ -344,7 +345,7 @@ class Training:
         if num_faults:
             self._quarantine(faults)
         if not applied.applied:
-            self._refused(step)
+            self._refused([key for batch in batches for key in batch["keys"] if key])
         units = {n: loss.unit for n, loss in output.losses.items()}
         means = {n: total / max(step.counts[units[n]], 1.0) for n, total in zip(names, totals, strict=True)}
         self._track(step, means, output, lr, applied.grad_norm, seconds, waiting / self.ranks.world_size)
@@ -380,7 +381,7 @@ class Training:
                 "loss": loss,
                 **(means if len(means) > 1 else {}),
                 "lr": lr,
-                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                "grad_norm": grad_norm,
                 "refused_steps": where.refused_steps,
                 "audio_hours": where.audio_seconds / 3600,
                 "audio_hours_per_second": hours_a_second,
@@ -415,12 +416,12 @@ class Training:
                 + "\n".join(f"  {row['key']}: {row['reason']}" for row in shown)
             )
 
-    def _refused(self, step: Step) -> None:
+    def _refused(self, own: list[str]) -> None:
         where = self.position
         where.refused_steps += 1
+        keys = [key for part in distributed.gather(own) for key in part]
         if self.ranks.first:
-            samples = [s for m in step.micro_batches for s in m.samples]
-            append(self.run.refused, [{"step": where.step, "epoch": where.epoch, "samples": samples}])
+            append(self.run.refused, [{"step": where.step, "epoch": where.epoch, "keys": keys}])
             log.warning("step %d was refused: its gradient is not finite", where.step)
         if where.refused_steps > self.config.max_refused_steps:
             raise UserError(
@@ -434,7 +435,7 @@ class Training:
         """State dict to evaluate with: averaged weights (if kept), the other weights, and buffers."""
         return {**self.trained.module.state_dict(), **self.trained.full()}
 
-    def _validate(self) -> tuple[dict[str, float], bool]:
+    def _validate(self, epoch: int) -> tuple[dict[str, float], bool]:
         where, start = self.position, time.perf_counter()
         values, rows = self.validation.run(self.weights())
         monitor = self.recipe.monitor
@@ -442,7 +443,6 @@ class Training:
             raise KeyError(f"the recipe monitors {monitor!r}; validation gives {sorted(values)}")
         better = self.plateau.observe(values[monitor], where.step, self.config.schedule)
         self.best[where.step] = values[monitor]
-        epoch = where.epoch
         self.tracker.validation(
             {
                 "step": where.step,

@@ -6,6 +6,7 @@ and says so once. This is the only module that knows it.
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -145,6 +146,8 @@ class Tracker:
         self._row({"kind": "validation", **row}, "valid")
 
     def _row(self, row: dict[str, Any], prefix: str) -> None:
+        # JSON has no NaN: a number that is not finite becomes null.
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         numbers = {f"{prefix}/{k}": v for k, v in row.items() if k not in ("kind", "step", "epoch")}

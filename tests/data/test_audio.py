@@ -1,0 +1,116 @@
+"""Features are a function of a clip alone, the same in the worker and in the model; augmentation is keyed."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from tests.helpers import overrides
+from trainer import recipe
+from trainer.data.audio import (
+    AudioError,
+    AugmentConfig,
+    FeaturesConfig,
+    SpecAugment,
+    change_speed,
+    decode,
+    stretched,
+)
+
+
+def clips(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    waves = [torch.randn(n, generator=generator) * 0.1 for n in lengths]
+    return torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor(lengths)
+
+
+def test_a_clip_has_the_same_features_alone_and_padded() -> None:
+    log_mel = FeaturesConfig().build(16000)
+    waves, lengths = clips(16000, 9001, 300)
+    together, frames = log_mel(waves, lengths)
+    assert frames.tolist() == log_mel.num_frames(lengths.numpy()).tolist()
+    for b, n in enumerate(lengths.tolist()):
+        alone, _ = log_mel(waves[b : b + 1, :n], torch.tensor([n]))
+        assert torch.equal(together[b, : frames[b]], alone[0])
+        assert not together[b, frames[b] :].any()
+
+
+def test_a_frame_depends_on_the_samples_under_its_window_only() -> None:
+    log_mel = FeaturesConfig().build(16000)
+    wave, _ = clips(8000)
+    whole = log_mel.energies(wave)
+    part = log_mel.energies(wave[:, 160 * 10 : 160 * 20 + log_mel.n_fft])  # a stream's chunk
+    torch.testing.assert_close(part, whole[:, 10:21], rtol=1e-4, atol=1e-4)  # float32 FFT
+
+
+def test_features_in_the_worker_equal_those_in_the_model(corpus) -> None:
+    batches = {}
+    for where in ("worker", "model"):
+        task = recipe.load("speech/tones", overrides(corpus, corpus, f"data.features.where={where}"))
+        dataset = task.build_dataset("train")
+        batch = dataset.load(dataset.plan.epoch(0)[0].micro_batches[0])
+        model = task.build_model().train()
+        if where == "model":
+            assert batch["audio"].ndim == 2
+            x, frames = model.log_mel(batch["audio"], batch["lengths"])
+            from trainer import keyed
+
+            x = model.spec_augment(x, frames, keyed.fold(batch["noise_keys"], "spec_augment"))
+            batches[where] = (x, frames)
+        else:
+            batches[where] = (batch["audio"], batch["lengths"])
+    assert torch.equal(batches["worker"][0], batches["model"][0])
+    assert torch.equal(batches["worker"][1], batches["model"][1])
+    assert (batches["worker"][0] == 0).all(-1).any()  # something was masked
+
+
+def test_features_are_normalised_over_the_corpus(corpus) -> None:
+    dataset = recipe.load("speech/tones", overrides(corpus, corpus)).build_dataset("train")
+    x = torch.cat([torch.from_numpy(dataset.media(k).image).T for k in dataset.index.keys])
+    assert x.mean(0).abs().max() < 0.02
+    assert (x.std(0) - 1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.0, 1.1, 1.05])
+@pytest.mark.parametrize("length", [777, 16000, 16001])
+def test_the_plan_knows_the_length_after_a_change_of_speed(speed: float, length: int) -> None:
+    made = len(change_speed(torch.zeros(length), 16000, speed))
+    assert stretched(np.array([length]), np.array([speed]), 16000).tolist() == [made]
+
+
+def test_spec_augment_is_a_function_of_the_key() -> None:
+    augment = SpecAugment(AugmentConfig(time_masks=2, frequency_masks=2))
+    x = torch.ones(3, 100, 80)
+    lengths = torch.tensor([100, 60, 100])
+    state = torch.random.get_rng_state()
+    y = augment(x.clone(), lengths, [1, 2, 3])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    other = augment(x.flip(0).clone(), lengths.flip(0), [3, 2, 1]).flip(0)
+    assert torch.equal(y, other)
+    assert not torch.equal(y[0], y[2])
+    assert (y[1, 60:] == 1).all()  # masks lie inside the clip
+    assert 0 < (y == 0).float().mean() < 0.7
+
+
+def encode(samples: np.ndarray, rate: int = 16000) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"this is text", "not audio"),
+        (encode(np.zeros(100, np.float32), 8000), "sample rate 8000 Hz, wanted 16000"),
+        (encode(np.zeros((100, 2), np.float32)), "2 channels"),
+        (encode(np.zeros(0, np.float32)), "no samples"),
+        (encode(np.full(100, np.nan, np.float32)), "NaN"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_unusable_audio_says_why(content: bytes, reason: str) -> None:
+    with pytest.raises(AudioError, match=reason):
+        decode(content, 16000)

@@ -1,0 +1,298 @@
+"""A run does not depend on how its batches are split over processes, and resuming changes nothing."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import fit, overrides, run_ranks
+from trainer import checkpoint, distributed
+from trainer.errors import UserError
+from trainer.run import read_ledger, read_lines
+
+pytestmark = pytest.mark.distributed
+
+
+def gradients(ranks: Any, arguments: list[str]) -> dict[str, Tensor]:
+    """Loss and gradient of the first step, as the optimizer would get them (before clipping)."""
+    from trainer import recipe
+    from trainer.engine import Training
+
+    training = Training(recipe.load("speech/tones", arguments), ranks)
+    optimizer, caught = training.trained.optimizer, {}
+
+    def catch(closure: Any = None) -> None:
+        for p, name in training.trained.names.items():
+            caught[name] = p.grad.clone()
+
+    optimizer.step = catch
+    training.fit()
+    row = next(read_lines(training.run.metrics)) if ranks.first else {"loss": 0.0}
+    return caught | {"loss": torch.tensor(row["loss"])}
+
+
+def one_batch(data: Path, runs: Path) -> dict[str, Tensor]:
+    """The same by a bare PyTorch pass over all samples of the step at once."""
+    from trainer import recipe
+    from trainer.data.plan import MicroBatch
+    from trainer.engine import initialise
+
+    task = recipe.load("speech/tones", overrides(data, runs))
+    dataset = task.build_dataset("train")
+    step = dataset.plan.epoch(0)[0]
+    assert len(step.micro_batches) == 4
+    rows = tuple(r for m in step.micro_batches for r in m.samples)
+    speeds = tuple(s for m in step.micro_batches for s in m.speeds)
+    model = task.build_model().train()
+    initialise(model, 0)
+    output = task.step(model, dataset.load(MicroBatch(0, 0, 0, rows, speeds, 0.0)))
+    loss = output.losses["ctc"].sum / output.losses["ctc"].count
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters()} | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_loss_and_gradient_do_not_depend_on_the_split(corpus: Path, tmp_path: Path, world_size: int) -> None:
+    """1 x 4 micro-batches, 2 x 2 and 3 ranks (with dummies) equal one big batch: dropout, SpecAugment and all."""
+    want = one_batch(corpus, tmp_path)
+    got = run_ranks(world_size, gradients, overrides(corpus, tmp_path, "max_steps=1", "validation.every_steps=9"))[0]
+    assert got.keys() == want.keys()
+    assert float(want["loss"]) > 0.1
+    for name, value in want.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(
+            got[name].to(value), value, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+VARIANTS = {
+    "adamw-zero0": ["zero.stage=0"],
+    "adamw-zero1": ["zero.stage=1"],
+    "rmsprop-zero0": ["zero.stage=0", "optimizer={kind: rmsprop, lr: 1e-3, average_decay: 0.9, momentum: 0.5}"],
+    "rmsprop-zero1": ["zero.stage=1", "optimizer={kind: rmsprop, lr: 1e-3, average_decay: 0.9, momentum: 0.5}"],
+    "batchnorm-zero2": ["zero.stage=2", "model.rnn.norm=batch", "model.subsampling.norm=batch"],
+    "bf16-zero1": ["zero.stage=1", "precision=bf16"],
+}
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without what depends on the clock."""
+    clocks = ("seconds", "step_seconds", "data_wait_percent", "audio_hours_per_second")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in read_lines(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_four_steps_are_two_and_resume_and_two(corpus: Path, tmp_path: Path, variant: str) -> None:
+    """Bit for bit at the same world size; on another one the same ledger and the same weights to float tolerance."""
+    common = [*VARIANTS[variant], "validation.every_steps=2"]
+    constant = "schedule={kind: constant}"  # the length of a cosine is fixed when a run begins: at two steps
+    whole = run_ranks(2, fit, overrides(corpus, tmp_path, *common, "name=whole", constant, "max_steps=4"))[0]
+    parts = overrides(corpus, tmp_path, *common, "name=parts", constant)
+    first = run_ranks(2, fit, [*parts, "max_steps=2"])[0]
+    assert first["position"]["total_steps"] == 2
+    resumed = run_ranks(2, fit, [*parts, "max_steps=4"])[0]
+    assert resumed["position"]["step"] == 4
+    for name, value in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], value), name
+    assert read_ledger(resumed["run"] / "ledger") == read_ledger(whole["run"] / "ledger")
+    assert numbers(resumed["run"]) == numbers(whole["run"])
+
+    other = overrides(corpus, tmp_path, *common, "name=other", constant)
+    run_ranks(2, fit, [*other, "max_steps=2"])
+    alone = run_ranks(1, fit, [*other, "max_steps=4", "zero.stage=0"])[0]  # another world size and another stage
+    assert read_ledger(alone["run"] / "ledger") == read_ledger(whole["run"] / "ledger")
+    loose = 0.02 if "bf16" in variant else 2e-3  # AdamW turns rounding of near-zero gradients into whole steps
+    for name, value in whole["raw"].items():
+        torch.testing.assert_close(alone["raw"][name], value, rtol=0, atol=loose, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_validation_is_equal_on_any_number_of_processes(corpus: Path, tmp_path: Path, world_size: int) -> None:
+    """Every utterance once; best, plateau and rate decided alike on every rank."""
+    arguments = [
+        "max_steps=4",
+        "schedule={kind: plateau, patience: 1}",
+        "optimizer.lr=1e-9",
+        "validation.every_steps=1",
+    ]
+    want = run_ranks(2, fit, overrides(corpus, tmp_path, *arguments, "name=two"))
+    got = run_ranks(world_size, fit, overrides(corpus, tmp_path, *arguments, f"name=n{world_size}"))
+    assert all(r["values"] == got[0]["values"] and r["plateau"] == got[0]["plateau"] for r in got)
+    assert all(r["values"] == want[0]["values"] for r in want)
+    for name, value in want[0]["values"].items():
+        assert got[0]["values"][name] == pytest.approx(value, abs=1e-6)
+    assert got[0]["plateau"]["scale"] == want[0]["plateau"]["scale"]
+
+
+def test_the_ledger_does_not_depend_on_processes_and_workers(corpus: Path, tmp_path: Path) -> None:
+    """Two epochs at 1 and 2 processes and with 0, 1 and 3 loader workers."""
+    ledgers = {}
+    for world_size, workers in [(1, 0), (2, 0), (1, 3), (2, 1)]:
+        arguments = [
+            f"name=w{world_size}-{workers}",
+            f"num_workers={workers}",
+            "max_epochs=2",
+            "validation.every_steps=99",
+        ]
+        run = run_ranks(world_size, fit, overrides(corpus, tmp_path, *arguments))[0]["run"]
+        ledgers[world_size, workers] = read_ledger(run / "ledger")
+    first = ledgers[1, 0]
+    assert len(first) > 4
+    for key, ledger in ledgers.items():
+        assert ledger == first, key
+    for epoch in (0, 1):
+        keys = [k for row in first if row["epoch"] == epoch for k in row["keys"]]
+        assert len(keys) == len(set(keys)) > 40
+    assert len({c for row in first for c in row["checksums"]}) > 50  # speeds differ between the epochs
+
+
+def poisoned(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    """Train with a loss that is NaN in step 3, on one rank only."""
+    from recipes.speech import Speech
+
+    original, calls = Speech.step, [0]
+
+    def step(self: Any, model: Any, batch: Any) -> Any:
+        output = original(self, model, batch)
+        if model.training:
+            calls[0] += 1
+            if calls[0] == 2 * 2 + 1 and ranks.rank == ranks.world_size - 1:
+                output.losses["ctc"].sum.mul_(float("nan"))
+        return output
+
+    Speech.step = step
+    seen = []
+    from trainer.engine import Training
+
+    original_step = Training._step
+
+    def watch(self: Any, *args: Any) -> None:
+        original_step(self, *args)
+        slots = {n: t.clone() for n, t in self.trained.full("average").items()}
+        seen.append(
+            ({n: t.clone() for n, t in self.trained.full("weight").items()}, slots, self.position.applied_steps)
+        )
+
+    Training._step = watch
+    return fit(ranks, arguments) | {"seen": seen}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_that_is_not_finite_is_refused_on_every_rank(corpus: Path, tmp_path: Path, stage: int) -> None:
+    """Weights, average and schedule stay; the run goes on; the samples are on record."""
+    arguments = overrides(corpus, tmp_path, f"zero.stage={stage}", "max_steps=4", "validation.every_steps=9")
+    results = run_ranks(2, poisoned, arguments)
+    for result in results:
+        before, after, last = result["seen"][1], result["seen"][2], result["seen"][3]
+        for part in (0, 1):
+            assert all(torch.equal(before[part][n], after[part][n]) for n in before[part])
+            assert not torch.equal(after[part]["output.weight"], last[part]["output.weight"])
+        assert [s[2] for s in result["seen"]] == [1, 2, 2, 3]
+        assert result["position"]["refused_steps"] == 1
+        assert all(bool(t.isfinite().all()) for t in result["weights"].values())
+    (row,) = read_lines(results[0]["run"] / "refused.jsonl")
+    assert row["step"] == 3
+    assert len(row["keys"]) > 3
+    assert list(read_lines(results[0]["run"] / "metrics.jsonl"))[2]["loss"] is None
+
+
+def test_too_many_refused_steps_end_the_run(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="max_refused_steps = 0"):
+        run_ranks(2, poisoned, overrides(corpus, tmp_path, "max_steps=4", "max_refused_steps=0"))
+
+
+def interrupted(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    """Train, and send rank 0 a SIGTERM in step 2; all ranks must agree."""
+    from trainer.engine import Training
+
+    original = Training._step
+
+    def step(self: Any, *args: Any) -> None:
+        if self.position.step == 1 and ranks.first:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *args)
+
+    Training._step = step
+    return fit(ranks, arguments)
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(corpus: Path, tmp_path: Path) -> None:
+    arguments = overrides(corpus, tmp_path, "max_steps=4", "validation.every_steps=9")
+    stopped = run_ranks(2, interrupted, [*arguments, "name=stopped"])
+    assert [r["stopped"] for r in stopped] == [True, True]
+    assert checkpoint.newest(stopped[0]["run"] / "checkpoints").state["position"]["step"] == 2
+    resumed = run_ranks(2, fit, [*arguments, "name=stopped"])[0]
+    whole = run_ranks(2, fit, [*arguments, "name=whole"])[0]
+    assert all(torch.equal(resumed["weights"][n], w) for n, w in whole["weights"].items())
+    assert numbers(resumed["run"]) == numbers(whole["run"])
+
+
+def test_another_configuration_in_the_same_directory_is_refused(corpus: Path, tmp_path: Path) -> None:
+    arguments = overrides(corpus, tmp_path, "name=run", "max_steps=1", "validation.every_steps=9")
+    run_ranks(1, fit, arguments)
+    with pytest.raises(RuntimeError, match="UserError") as error:
+        run_ranks(2, fit, [*arguments, "seed=5", "model.rnn.num_layers=1"])
+    for text in ("model.rnn.num_layers = 2, now 1", "seed = 0, now 5", "init_from="):
+        assert text in str(error.value)
+    run_ranks(1, fit, [*arguments, "max_steps=2"])  # nothing was lost
+
+
+def test_weights_of_another_run(corpus: Path, tmp_path: Path) -> None:
+    arguments = overrides(corpus, tmp_path, "max_steps=1", "validation.every_steps=1")
+    first = run_ranks(1, fit, [*arguments, "name=first"])[0]
+    second = run_ranks(
+        1, fit, [*arguments, "name=second", "seed=5", f"init_from={first['run']}", "optimizer.lr=1e-12"]
+    )[0]
+    assert torch.allclose(second["raw"]["output.weight"], first["weights"]["output.weight"], atol=1e-6)
+    assert second["position"]["step"] == 1
+    with pytest.raises(RuntimeError, match=r"do not fit this model:\noutput.weight|do not fit this model:\n"):
+        run_ranks(1, fit, [*arguments, "name=third", "model.rnn.hidden_size=8", f"init_from={first['run']}"])
+
+
+def test_bad_samples_are_skipped_recorded_and_left_out(corpus: Path, tmp_path: Path) -> None:
+    """A damaged recording counts nothing in the epoch that finds it and is absent from the next."""
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus, damaged)
+    shard = sorted((damaged / "train").glob("*.tar"))[0]
+    entry = json.loads(shard.with_suffix(".index.jsonl").read_text().splitlines()[2])
+    content = bytearray(shard.read_bytes())
+    content[entry["audio_offset"] + 500] ^= 0xFF
+    shard.write_bytes(content)
+    arguments = overrides(damaged, tmp_path, "max_epochs=2", "validation.every_steps=99", "max_bad_share=0.05")
+    result = run_ranks(2, fit, [*arguments, "name=damaged"])[0]
+    (row,) = read_lines(result["run"] / "quarantine.jsonl")
+    assert row["key"] == entry["key"]
+    assert "checksum" in row["reason"]
+    ledger = read_ledger(result["run"] / "ledger")
+    seen = {epoch: [k for r in ledger if r["epoch"] == epoch for k in r["keys"]] for epoch in (0, 1)}
+    assert entry["key"] in seen[0]
+    assert [k for r in ledger for k in r["bad"]] == [entry["key"]]
+    assert set(seen[0]) - set(seen[1]) == {entry["key"]}
+    assert result["position"]["bad"] == [entry["key"]]
+    second = json.loads(shard.with_suffix(".index.jsonl").read_text().splitlines()[3])
+    content[second["audio_offset"] + 500] ^= 0xFF
+    shard.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"more than max_bad_share = 0 "):
+        run_ranks(2, fit, [*arguments, "name=worse", "max_bad_share=0"])
+
+
+def test_collectives_raise_alike() -> None:
+    assert run_ranks(2, on_first_fails) == ["UserError: no", "UserError: no"]
+
+
+def on_first_fails(ranks: Any) -> str:
+    def action() -> None:
+        raise UserError("no")
+
+    try:
+        distributed.on_first(action)
+    except UserError as error:
+        return f"UserError: {error}"
+    return "nothing"

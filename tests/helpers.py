@@ -1,0 +1,134 @@
+"""What several tests need: ranks without a launcher, a tiny corpus, a tiny run."""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["trainer.engine", "trainer.verbs.train", "recipes.speech", "deepspeed"]
+
+TINY = [
+    "model.subsampling.layers=[{channels: 16, kernel: 3, stride: 2}, {channels: 16, kernel: 3, stride: 2}]",
+    "model.rnn.hidden_size=16",
+    "model.rnn.num_layers=2",
+    "model.rnn.dropout=0.1",
+    "data.features.num_bands=20",
+    "data.samples_per_shard=8",
+    "data.corpus.num_utterances=60",
+    "data.augment.speeds=[0.9, 1.0, 1.1]",
+    "data.augment.time_masks=1",
+    "data.augment.frequency_masks=1",
+    "data.augment.frequency_mask_bands=5",
+    "plan.micro_batch_seconds=8",
+    "plan.micro_batches_per_step=4",
+    "plan.num_buckets=3",
+    "plan.window_shards=3",
+    "num_workers=0",
+    "tracking.wandb=disabled",
+    "optimizer.lr=1e-3",
+    "optimizer.average_decay=0.9",
+    "schedule.warmup_steps=2",
+    "validation.every_steps=4",
+    "validation.table_rows=0",
+]
+"""Overrides of speech/tones that make a run of a second."""
+
+
+def overrides(data: Path, runs: Path, *more: str) -> list[str]:
+    """The tiny run on a prepared corpus."""
+    return [*TINY, f"data.path={data}", f"runs_dir={runs}", *more]
+
+
+def _child(rank: int, world_size: int, store: str, pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "OSTINATO_STORE": store,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    from trainer import distributed
+
+    try:
+        ranks = distributed.start(timeout_seconds=60)
+        # Plain pickles: a connection would send tensors as handles that end with this process.
+        pipe.send_bytes(pickle.dumps((True, function(ranks, *arguments))))
+        distributed.stop()
+    except BaseException as error:
+        pipe.send_bytes(pickle.dumps((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")))
+    finally:
+        pipe.close()
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call `function(ranks, *arguments)` in a process group of its own; the result of each rank.
+
+    The processes are forked from a server that has imported torch and DeepSpeed once.
+
+    Raises:
+        RuntimeError: a rank raised; the text holds its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_child, args=(rank, world_size, f"{folder}/store", theirs, function, arguments)
+            )
+            process.start()
+            theirs.close()
+            children.append((process, ours))
+        results = []
+        try:
+            for process, pipe in children:
+                if not pipe.poll(120):
+                    raise RuntimeError("a rank gave no answer in 120 s")
+                try:
+                    results.append(pickle.loads(pipe.recv_bytes()))
+                except EOFError:
+                    process.join(10)
+                    results.append((False, f"a rank ended with exit code {process.exitcode}"))
+        finally:
+            for process, _ in children:
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    failures = [text for ok, text in results if not ok]
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return [value for _, value in results]
+
+
+def fit(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    """Train speech/tones with overrides to the end; what a test wants to know of it."""
+    from trainer import recipe
+    from trainer.engine import Training
+    from trainer.errors import RequeueError
+
+    training = Training(recipe.load("speech/tones", arguments), ranks)
+    stopped = False
+    try:
+        values = training.fit()
+    except RequeueError:
+        stopped, values = True, {}
+    weights = {name: t.clone() for name, t in training.weights().items()}
+    raw = {name: t.clone() for name, t in training.trained.full("weight").items()}
+    return {
+        "values": values,
+        "weights": weights,
+        "raw": raw,
+        "position": dict(training.position.__dict__),
+        "plateau": training.plateau.state(),
+        "run": training.run.path,
+        "stopped": stopped,
+    }

@@ -1,0 +1,171 @@
+"""Padding changes no real frame, structures equal their dense matrix, noise belongs to samples."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import kernels
+from tests.helpers import overrides
+from trainer import recipe
+from trainer.models.encoders import Conv1dConfig, Conv2dConfig, ConvLayerConfig
+from trainer.models.normalization import KeyedDropout, MaskedBatchNorm, frame_mask
+from trainer.models.rnn import ElmanConfig, GRUConfig, LSTMConfig, RNNConfig
+from trainer.models.structure import BlockDiagonalConfig, DenseConfig, DiagonalConfig
+
+STRUCTURES = [DenseConfig(), BlockDiagonalConfig(num_blocks=4), DiagonalConfig()]
+CELLS = [ElmanConfig(), ElmanConfig(activation="relu"), ElmanConfig(activation="identity"), GRUConfig(), LSTMConfig()]
+LENGTHS = torch.tensor([9, 4, 1])
+
+
+def kind(x: object) -> str:
+    return f"{getattr(x, 'kind', x)}{getattr(x, 'activation', '')}"
+
+
+def inputs(width: int, frames: int = 9, batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, frames, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("num_gates", [1, 3])
+@pytest.mark.parametrize("structure", STRUCTURES, ids=kind)
+def test_a_structure_equals_its_dense_matrix(structure, num_gates: int) -> None:
+    built = structure.build(8, num_gates)
+    h = inputs(8)
+    torch.testing.assert_close(built(h), h @ built.dense().T)
+    assert built.dense().shape == (num_gates * 8, 8)
+    assert built.multiply_adds() == int((built.dense() != 0).sum())
+
+
+@pytest.mark.parametrize("directions", ["forward", "concat", "sum"])
+@pytest.mark.parametrize(("structure", "cell"), list(itertools.product(STRUCTURES, CELLS)), ids=kind)
+def test_padding_changes_no_real_frame_of_the_stack(structure, cell, directions: str) -> None:
+    config = RNNConfig(
+        hidden_size=8, num_layers=2, cell=cell, structure=structure, directions=directions, residual=True
+    )
+    rnn = config.build(8).eval()
+    x = inputs(8)
+    clean, hidden = rnn(x, LENGTHS, all_layers=True)
+    assert [h.shape for h in hidden] == [clean.shape] * 2
+    dirty = torch.where(frame_mask(LENGTHS, 9)[..., None], x, torch.full((), 1e3))
+    more = torch.cat([dirty, torch.full((3, 5, 8), 1e3)], 1)
+    padded, _ = rnn(more, LENGTHS)
+    torch.testing.assert_close(padded[:, :9], clean)
+    assert not padded[~frame_mask(LENGTHS, 14)].any()
+    for b, n in enumerate(LENGTHS.tolist()):
+        alone, _ = rnn(x[b : b + 1, :n], LENGTHS[b : b + 1])
+        torch.testing.assert_close(clean[b, :n], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
+@pytest.mark.parametrize("config", [Conv1dConfig, Conv2dConfig], ids=["1d", "2d"])
+def test_padding_changes_no_real_frame_of_the_subsampling(config, norm: str) -> None:
+    layers = (ConvLayerConfig(channels=6, kernel=5, stride=2), ConvLayerConfig(channels=8, kernel=3, stride=3))
+    made = config(layers=layers, norm=norm)
+    net = made.build(20).train()
+    x, lengths = inputs(20, 31), torch.tensor([31, 13, 1])
+    y, frames = net(x, lengths)
+    assert frames.tolist() == made.num_frames(lengths.numpy()).tolist() == [6, 3, 1]
+    assert y.shape == (3, 6, net.output_size)
+    dirty = torch.where(frame_mask(lengths, 31)[..., None], x, torch.full((), 1e3))
+    padded, _ = net(torch.cat([dirty, torch.full((3, 9, 20), 1e3)], 1), lengths)
+    torch.testing.assert_close(padded[:, :6] * frame_mask(frames, 6)[..., None], y)
+    if norm != "batch":
+        for b, n in enumerate(lengths.tolist()):
+            alone, _ = net(x[b : b + 1, :n], lengths[b : b + 1])
+            torch.testing.assert_close(y[b, : frames[b]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["worker", "model"])
+def test_padding_changes_no_real_frame_of_the_recogniser(corpus, where: str) -> None:
+    task = recipe.load("speech/tones", overrides(corpus, corpus, f"data.features.where={where}"))
+    model = task.build_model().eval()
+    dataset = task.build_dataset("valid")
+    batch = dataset.load(dataset.plan.epoch(0)[0].micro_batches[0])
+    audio, lengths = batch["audio"], batch["lengths"]
+    clean, frames = model(audio, lengths)
+    junk = torch.full((len(audio), 3200, *audio.shape[2:]), 7.0)
+    padded, _ = model(torch.cat([audio, junk], 1), lengths)
+    for b, n in enumerate(frames.tolist()):
+        torch.testing.assert_close(padded[b, :n], clean[b, :n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if kind(c) != "rnnidentity"], ids=kind)
+def test_torchs_loop_and_the_kernel_agree(cell) -> None:
+    """One block is a dense matrix, so both paths of a layer compute the same, gradients too."""
+    dense = RNNConfig(hidden_size=8, cell=cell, directions="concat", num_layers=1).build(5)
+    block = RNNConfig(
+        hidden_size=8, cell=cell, directions="concat", num_layers=1, structure=BlockDiagonalConfig(num_blocks=1)
+    ).build(5)
+    state = {k: v.view(block.state_dict()[k].shape) for k, v in dense.state_dict().items()}
+    block.load_state_dict(state)
+    x = inputs(5).requires_grad_()
+    results = []
+    for net in (dense, block):
+        y, _ = net(x, LENGTHS)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.reshape(-1), b.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_prove_themselves() -> None:
+    assert kernels.selftest("cpu") == 18
+
+
+@pytest.mark.parametrize(
+    ("u", "weight", "lengths", "wanted"),
+    [
+        ((3, 2, 7), (1, 2, 4, 4), None, "u has 7 columns, wanted 1 gates x 8 units"),
+        ((3, 2, 8), (1, 2, 4, 3), None, "blocks of 4 x 3"),
+        ((3, 2, 8), (1, 2, 4, 4), (3,), r"lengths has shape \(3,\), wanted \(2,\)"),
+    ],
+)
+def test_a_wrong_shape_is_named(u, weight, lengths, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        kernels.block_rnn(
+            torch.zeros(u),
+            torch.zeros(weight),
+            lengths=None if lengths is None else torch.ones(lengths, dtype=torch.int64),
+        )
+
+
+def test_dropout_belongs_to_the_sample_and_the_layer() -> None:
+    dropout = KeyedDropout(0.5, "a").train()
+    x = torch.ones(3, 10, 6)
+    keys = torch.tensor([11, 22, 33])
+    y = dropout(x, keys)
+    assert torch.equal(dropout(x.flip(0), keys.flip(0)).flip(0), y)
+    assert torch.equal(dropout(torch.ones(3, 15, 6), keys)[:, :10], y)  # padding draws nothing from real frames
+    assert not torch.equal(KeyedDropout(0.5, "b").train()(x, keys), y)
+    assert not torch.equal(y[0], y[1])
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(dropout.eval()(x, keys), x)
+
+
+def test_batch_norm_takes_real_frames_only() -> None:
+    norm = MaskedBatchNorm(6).train()
+    x = inputs(6)
+    mask = frame_mask(LENGTHS, 9)
+    y = norm(x, mask)
+    frames = y[mask]
+    torch.testing.assert_close(frames.mean(0), torch.zeros(6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(frames.var(0, unbiased=False), torch.ones(6), rtol=1e-3, atol=1e-3)
+    before = norm.running_mean.clone()
+    norm(x, torch.zeros_like(mask))  # a dummy: nothing in it counts
+    assert norm.pending[-1] == 1
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_weights_are_drawn_by_name() -> None:
+    from trainer.engine import initialise
+
+    small, large = RNNConfig(hidden_size=8, num_layers=1).build(5), RNNConfig(hidden_size=8, num_layers=3).build(5)
+    for net in (small, large):
+        torch.manual_seed(int(torch.randint(1000, ())))
+        initialise(net, seed=3)
+    for name, weight in small.state_dict().items():
+        assert torch.equal(weight, large.state_dict()[name])
+    other = RNNConfig(hidden_size=8, num_layers=1).build(5)
+    initialise(other, seed=4)
+    assert not torch.equal(other.layers[0][0].weight_ih, small.layers[0][0].weight_ih)
+    assert isinstance(small, nn.Module)

@@ -1,0 +1,143 @@
+"""A configuration is typed, merged from files and arguments, and explains every mistake at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer import config as configuration
+from trainer import recipe
+from trainer.__main__ import main
+from trainer.errors import EXIT_USER_MISTAKE, UserError
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("optimizer.lrr=0.1", ["the command line", "optimizer.lrr", "unknown key", "optimizer.lr?"]),
+        ("lr=0.1", ["unknown key", "did you mean optimizer.lr?"]),
+        ("model.rnn.hidden_size=abc", ["model.rnn.hidden_size = 'abc'", "valid integer"]),
+        ("model.rnn.cell.kind=lstmm", ["model.rnn.cell.kind = 'lstmm'", "did you mean lstm?"]),
+        ("model.rnn.cell={kind: gru, forget_bias: 1}", ["model.rnn.cell.forget_bias", "unknown key"]),
+        ("optimizer.lr=-1", ["optimizer.lr = -1", "greater than 0"]),
+        ("recipe=speach", ["recipe = 'speach'", "did you mean speech?"]),
+        ("model.rnn.structure={kind: block_diagonal, num_blocks: 7}", ["num_blocks = 7", "hidden_size = 96"]),
+        ("max_epochs", ["max_epochs: is not an override"]),
+    ],
+)
+def test_a_mistake_names_key_value_and_cure(argument: str, wanted: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        recipe.load("speech/tones", [argument])
+    for text in wanted:
+        assert text in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once_with_their_files(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "recipe: speech\nseedd: 3\n")
+    path = write(tmp_path, "run.yaml", "include: base.yaml\nmax_epochs: many\n")
+    with pytest.raises(UserError) as error:
+        recipe.load(path, ["plan.num_buckets=0"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert any("base.yaml: seedd" in line and "did you mean seed?" in line for line in lines)
+    assert any("run.yaml: max_epochs = 'many'" in line for line in lines)
+    assert any("the command line: plan.num_buckets = 0" in line for line in lines)
+
+
+def test_files_and_arguments_are_merged_in_order(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "recipe: speech\nseed: 1\noptimizer: {kind: adamw, lr: 1e-3, clip_norm: 2}\n")
+    path = write(tmp_path, "run.yaml", "include: [base.yaml]\nseed: 2\noptimizer: {lr: 2e-3}\n")
+    config = recipe.load(path, ["optimizer.clip_norm=3"]).config
+    assert (config.seed, config.optimizer.lr, config.optimizer.clip_norm) == (2, 2e-3, 3)
+    assert config.name == "run"
+
+
+def test_another_kind_replaces_the_whole_mapping(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", "recipe: speech\noptimizer: {kind: adamw, betas: [0.8, 0.9]}\n")
+    config = recipe.load(path, ["optimizer={kind: rmsprop, alpha: 0.5}"]).config
+    assert config.optimizer.kind == "rmsprop"
+    assert config.optimizer.alpha == 0.5
+
+
+@pytest.mark.parametrize("literal", ["1e-3", "1.0e-3", "0.001"])
+def test_a_number_may_be_written_as_people_do(literal: str) -> None:
+    assert recipe.load("speech/tones", [f"optimizer.lr={literal}"]).config.optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("recipe: speech\nseed: 1\nseed: 2\n", "'seed' is given twice"),
+        ("recipe: [speech\n", "is not YAML"),
+        ("include: nowhere.yaml\nrecipe: speech\n", "nowhere.yaml: there is no such file"),
+        ("include: run.yaml\n", "includes itself"),
+        ("- 1\n", "holds list"),
+        ("seed: 1\n", "recipe: is missing"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, wanted: str) -> None:
+    path = write(tmp_path, "run.yaml", text)
+    with pytest.raises(UserError, match=wanted) as error:
+        recipe.load(path)
+    assert "run.yaml" in str(error.value)
+
+
+def test_an_unknown_config_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"did you mean speech/tones\?"):
+        recipe.load("speech/tone")
+
+
+def test_a_mistake_ends_with_code_2_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "speech/tones", "optimizer.lrr=1"]) == EXIT_USER_MISTAKE
+    shown = capsys.readouterr().err
+    assert "optimizer.lrr" in shown
+    assert "Traceback" not in shown
+    assert main(["trian"]) == EXIT_USER_MISTAKE
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_resume_may_change_some_keys_and_no_others() -> None:
+    first = recipe.load("speech/tones").config
+    saved = configuration.plain(first)
+    free = [
+        "max_epochs=99",
+        "num_workers=3",
+        "tracking.log_every_steps=7",
+        "zero.stage=1",
+        "checkpoint.keep_last=9",
+        "data.path=elsewhere",
+        "runs_dir=other",
+        "validation.every_steps=5",
+    ]
+    assert configuration.differences(saved, recipe.load("speech/tones", free).config) == []
+    other = recipe.load("speech/tones", ["seed=1", "model.rnn.hidden_size=64", "plan.num_buckets=9"]).config
+    names = [name for name, _, _ in configuration.differences(saved, other)]
+    assert names == ["model.rnn.hidden_size", "plan.num_buckets", "seed"]
+
+
+def test_a_saved_configuration_is_the_same_when_read_again() -> None:
+    config = recipe.load("speech/tones").config
+    text = configuration.dump_yaml(configuration.plain(config))
+    again = recipe.from_plain(configuration.load_yaml(text), "config.yaml").config
+    assert again == config
+
+
+def test_schema_is_json_with_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "speech"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"]["recipe"] == {"const": "speech"}
+    assert "max_epochs" in schema["properties"]
+    assert "description" in schema["$defs"]["AdamWConfig"]["properties"]["average_decay"]
+
+
+@pytest.mark.parametrize("path", sorted((configuration.PROJECT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_in_the_project_is_valid(path: Path) -> None:
+    if path.parent.name == "base":
+        pytest.skip("a part that other files include")
+    recipe.load(str(path))
