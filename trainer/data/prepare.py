@@ -1,0 +1,376 @@
+"""Raw corpus to shards: reads every recording once, in parallel, and can be stopped and started at any time.
+
+What it leaves in `data.path`: train/ valid/ test/ with `shard-000000.tar` (webdataset's KEY.flac KEY.json KEY.txt) and
+an index beside each, `corpus.json`, written last, and `.prepare/` with a note a shard: the fingerprint of what went
+into it and the sums for the band statistics. A shard whose fingerprint is still that of its inputs is kept. The same
+corpus gives the same bytes, whatever the number of processes.
+"""
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_connection
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+import torch
+
+from trainer.config import plain, show
+from trainer.data.corpora.base import SPLITS, BadLinesError, SplitName, Utterance, listing, split_by_text
+from trainer.data.index import index_path
+from trainer.data.packing import NOTES, Note, Sample, Task, feature_settings, is_done, note_path, read_note, write_shard
+from trainer.data.speech import BandStatistics, Prepared, SpeechDataConfig, SplitInfo, write_prepared
+from trainer.data.text import UnknownCharacterError
+from trainer.errors import RequeueError, UserError
+
+MIN_DEVIATION = 1e-3
+"""Of a band: one that is silent everywhere must not be divided by zero."""
+PLAIN_LINE_SECONDS = 10.0
+
+
+def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
+    """Make the shards of a corpus, as far as they are not there yet.
+
+    Args:
+        config: the corpus, and what to make of it.
+        processes: to work with; None takes one a core.
+
+    Returns:
+        what `corpus.json` says.
+
+    Raises:
+        UserError: the corpus cannot be had, or some of it is unusable: all of that in one message, after
+            the shards of the rest were written.
+        RequeueError: SIGTERM came; what was finished is kept.
+    """
+    started = time.monotonic()
+    console = rich.console.Console()
+    root = config.path
+    try:
+        (root / NOTES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.path = {root}: cannot be made: {error.strerror}; choose another folder") from error
+    with _only_one(root), _stop_by_exception(), _Display(console) as display:
+        problems: list[str] = []
+        try:
+            utterances = config.corpus.utterances(root, display)
+        except BadLinesError as error:
+            utterances, problems = error.usable, error.problems
+        samples, alphabet = _clean(config, utterances, problems)
+        tasks = _plan(config, samples, problems)
+        stale = _stale(root, tasks)
+        todo = [task for task in tasks if not is_done(task)]
+        if todo or stale:
+            (root / "corpus.json").unlink(missing_ok=True)  # until it is whole again
+        if todo:
+            if problems:
+                console.print(f"{len(problems)} lines are unusable; everything that is, is listed at the end")
+            problems += _write_all(todo, processes or len(os.sched_getaffinity(0)), display)
+        if problems:
+            cure = "The shards without these are kept: mend this and run the command again."
+            raise UserError(f"{listing(problems)}\n{cure}")
+        for shard in stale:
+            _remove(shard)
+        prepared = _summary(config, alphabet, tasks)
+        if not _is_written(prepared, root):
+            write_prepared(prepared, root)
+
+    done = f"{len(todo)} of {len(tasks)} shards written in {time.monotonic() - started:.0f} s" if todo else "up to date"
+    console.print(f"{show(root)}: {done}", highlight=False, markup=False, soft_wrap=True)
+    console.print(_table(prepared))
+    return prepared
+
+
+# --- what goes where -------------------------------------------------------------------------------------------------
+
+
+def _clean(
+    config: SpeechDataConfig, utterances: list[Utterance], problems: list[str]
+) -> tuple[dict[SplitName, list[Sample]], str]:
+    """Utterances with usable text by split, and the alphabet; adds what is wrong with the others to `problems`."""
+    samples: dict[SplitName, list[Sample]] = {split: [] for split in SPLITS}
+    places: dict[str, str] = {}
+    alphabet = config.text.alphabet
+    if alphabet is not None and len(set(alphabet)) != len(alphabet):
+        twice = "".join(sorted({c for c in alphabet if alphabet.count(c) > 1}))
+        raise UserError(f"data.text.alphabet = {alphabet!r}: holds {twice!r} twice; write each character once")
+    for utterance in utterances:
+        if places.setdefault(utterance.key, utterance.where) != utterance.where:
+            first = places[utterance.key]
+            problems.append(f"{utterance.where}: key = {utterance.key!r}: is that of {first} too; rename one")
+            continue
+        try:
+            text = config.text.normalise(utterance.text)
+        except UnknownCharacterError as error:
+            problems.append(_outside(utterance, str(error)))
+            continue
+        if not text:
+            cure = "write what is said or remove the line"
+            problems.append(_problem(utterance, "is empty once it is normalised", cure))
+            continue
+        samples[utterance.split or split_by_text(text)].append(Sample(utterance, text))
+
+    if alphabet is None:
+        alphabet = "".join(sorted({c for sample in samples["train"] for c in sample.text}))
+    for split, group in samples.items():
+        usable = []
+        for sample in group:
+            outside = "".join(sorted(set(sample.text) - set(alphabet)))
+            if outside:
+                problems.append(_outside(sample.utterance, outside))
+            else:
+                usable.append(sample)
+        samples[split] = usable
+    return samples, alphabet
+
+
+def _problem(utterance: Utterance, reason: str, cure: str) -> str:
+    text = utterance.text if len(utterance.text) <= 60 else f"{utterance.text[:60]}..."
+    return f"{utterance.where}: key {utterance.key}: text = {text!r}: {reason}; {cure}"
+
+
+def _outside(utterance: Utterance, characters: str) -> str:
+    named = " ".join(map(repr, characters))
+    cure = (
+        "correct or remove the line, or set data.text.alphabet with what you want in it and, for the rest, "
+        "data.text.unknown to space or drop"
+    )
+    return _problem(utterance, f"holds {named}, which the alphabet of the training texts has not", cure)
+
+
+def _plan(config: SpeechDataConfig, samples: dict[SplitName, list[Sample]], problems: list[str]) -> list[Task]:
+    """The shards, in the corpus's own order: a corpus that grows at its end keeps its first shards."""
+    empty = [split for split in SPLITS if not samples[split]]
+    if empty and not problems:  # else the split may be empty because of them, and they are told first
+        counts = ", ".join(f"{split} {len(samples[split])}" for split in SPLITS)
+        line = (
+            f"data.corpus: the split {' and '.join(empty)} would be empty ({counts} utterances); add utterances, or "
+            "say `split` of each in a manifest"
+        )
+        raise UserError(line)
+    size = config.samples_per_shard
+    return [
+        Task(
+            config.path,
+            split,
+            number,
+            tuple(samples[split][start : start + size]),
+            config.sample_rate_hz,
+            config.features if split == "train" else None,
+        )
+        for split in SPLITS
+        for number, start in enumerate(range(0, len(samples[split]), size))
+    ]
+
+
+def _stale(root: Path, tasks: list[Task]) -> list[Path]:
+    """Shards of an earlier preparation that this one does not have.
+
+    Raises:
+        UserError: shards that were not made here would be lost or mixed with ours.
+    """
+    wanted = {task.shard for task in tasks}
+    there = {shard for split in SPLITS for shard in (root / split).glob("*.tar")}
+    foreign = sorted(shard for shard in there if not note_path(shard).exists())
+    if foreign:
+        raise UserError(
+            f"{show(foreign[0])}: is a shard that `prepare` has not made (one of {len(foreign)}); choose another "
+            "data.path, or move it away"
+        )
+    return sorted(there - wanted)
+
+
+def _remove(shard: Path) -> None:
+    index_path(shard).unlink(missing_ok=True)
+    shard.unlink(missing_ok=True)
+    note_path(shard).unlink(missing_ok=True)
+
+
+# --- all shards, in parallel -----------------------------------------------------------------------------------------
+
+
+def _write_all(tasks: list[Task], processes: int, display: "_Display") -> list[str]:
+    """Write shards; returns what is wrong with their samples, in the order of the corpus."""
+    total = sum(len(task.samples) for task in tasks)
+    problems: dict[int, list[str]] = {}
+    done = 0
+    with contextlib.closing(_results(tasks, min(processes, len(tasks)))) as results:
+        for number, found in results:
+            problems[number] = found
+            done += len(tasks[number].samples)
+            display("writing shards (utterances)", done, total)
+    return [line for number in sorted(problems) for line in problems[number]]
+
+
+def _results(tasks: list[Task], processes: int) -> Generator[tuple[int, list[str]], None, None]:
+    """(number of the task, its problems) as they are finished."""
+    if processes <= 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker: the sums must come out the same
+        try:
+            for number, task in enumerate(tasks):
+                yield number, write_shard(task)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    others = set(multiprocessing.active_children())
+    # Forked: a spawned worker spends seconds on importing torch, and wants a main module that can be imported.
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    pool = ProcessPoolExecutor(processes, context, _start_worker, ())
+    try:
+        running: dict[Future[list[str]], int] = {pool.submit(write_shard, t): n for n, t in enumerate(tasks)}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "prepare: a worker process was killed, most often because the memory was used up; finished shards are "
+            "kept, run the command again with fewer processes"
+        ) from error
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave signals to the parent, and go when it has gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    process = multiprocessing.parent_process()
+    assert process is not None
+
+    def follow() -> None:
+        # Workers forked later hold an end of this pipe too, so it closes after they have gone: the last one first.
+        wait_for_connection([process.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Keep a second `prepare` out of the folder, and clear up after one that was killed."""
+    with (root / NOTES / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"data.path = {root}: another `prepare` is at work in it; wait for it or stop it"
+            ) from error
+        for left in (root / NOTES).glob("*.tmp"):
+            left.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            for left in (root / NOTES).glob("*.tmp"):
+                left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _stop_by_exception() -> Iterator[None]:
+    """SIGTERM becomes an exception, so that workers and half-written files are cleared away."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise RequeueError("prepare was stopped by SIGTERM; finished shards are kept, run it again to go on")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Display:
+    """How far it is: a bar on a terminal, elsewhere a plain line every ten seconds."""
+
+    def __init__(self, console: rich.console.Console) -> None:
+        self.console = console
+        # No refresh thread: workers are forked, and a lock that it holds would stay locked in them.
+        self.bar = rich.progress.Progress(console=console, auto_refresh=False) if console.is_terminal else None
+        self.bars: dict[str, rich.progress.TaskID] = {}
+        self.last = time.monotonic()
+
+    def __enter__(self) -> "_Display":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.bar is not None:
+            if what not in self.bars:
+                self.bars[what] = self.bar.add_task(what, total=total)
+            self.bar.update(self.bars[what], completed=done, refresh=True)
+        elif done >= total or time.monotonic() - self.last > PLAIN_LINE_SECONDS:
+            self.last = time.monotonic()
+            print(f"{what}: {done:,} of {total:,} ({100 * done // max(total, 1)} %)", flush=True)
+
+
+# --- what was made ---------------------------------------------------------------------------------------------------
+
+
+def _summary(config: SpeechDataConfig, alphabet: str, tasks: list[Task]) -> Prepared:
+    """`corpus.json` from the notes of all shards, added up in their order."""
+    notes: dict[SplitName, list[Note]] = {split: [] for split in SPLITS}
+    for task in tasks:
+        note = read_note(task.note)
+        assert note is not None, f"{task.note} vanished"
+        notes[task.split].append(note)
+    frames = sum(note.frames for note in notes["train"])
+    mean = np.sum([note.sums for note in notes["train"]], axis=0) / frames
+    variance = np.sum([note.squares for note in notes["train"]], axis=0) / frames - mean**2
+    deviation = np.sqrt(variance.clip(min=MIN_DEVIATION**2))
+    return Prepared(
+        corpus=plain(config.corpus)["kind"],
+        sample_rate_hz=config.sample_rate_hz,
+        alphabet=alphabet,
+        splits={
+            split: SplitInfo(
+                samples=sum(note.samples for note in group),
+                hours=sum(note.waveform_samples for note in group) / config.sample_rate_hz / 3600,
+                shards=len(group),
+            )
+            for split, group in notes.items()
+        },
+        statistics=BandStatistics(
+            **feature_settings(config.features), mean=mean.tolist(), deviation=deviation.tolist()
+        ),
+    )
+
+
+def _is_written(prepared: Prepared, root: Path) -> bool:
+    try:
+        return Prepared.load(root) == prepared
+    except UserError:
+        return False
+
+
+def _table(prepared: Prepared) -> rich.table.Table:
+    table = rich.table.Table()
+    for heading in ("split", "utterances", "hours", "shards"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for split, info in prepared.splits.items():
+        table.add_row(split, f"{info.samples:,}", f"{info.hours:.3f}", str(info.shards))
+    return table
