@@ -175,6 +175,7 @@ class Training:
                 raise UserError(f"{config.name}: the training split holds no usable sample: {self._rejected()}")
             self.position.total_steps = config.max_steps or len(first) * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
+        self.signals = StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)
         self.tracker = Tracker(
             config.tracking,
@@ -242,7 +243,7 @@ class Training:
         exit_code = 1
         values: dict[str, float] = {}
         try:
-            with StopSignals() as self.signals:
+            with self.signals:
                 while not self._finished():
                     values = self._epoch() or values
             if not checkpoints.step_folder(self.run.checkpoints, where.step).is_dir():
@@ -252,9 +253,13 @@ class Training:
             exit_code = 75
             raise
         finally:
-            self.ledger.close()
-            self.tracker.finish(exit_code)
+            self.close(exit_code)
         return values
+
+    def close(self, exit_code: int) -> None:
+        """Close the files and W&B."""
+        self.ledger.close()
+        self.tracker.finish(exit_code)
 
     def _greet(self) -> None:
         where = self.position
@@ -286,7 +291,7 @@ class Training:
         loader = Loader(self.dataset, left, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
         values = None
         for step, batches in zip(left, loader, strict=True):
-            self._step(step, batches, loader.waited_seconds)
+            self.step(step, batches, loader.waited_seconds)
             last = where.step_in_epoch == len(steps)
             epoch = where.epoch
             if last:
@@ -308,7 +313,12 @@ class Training:
 
     _stopping = False
 
-    def _step(self, step: Step, batches: list[Batch], waited: float) -> None:
+    def step(self, step: Step, batches: list[Batch], waited: float) -> None:
+        """One optimizer step on this rank's batches, with everything that is recorded about it.
+
+        Args:
+            waited: seconds that the batches let this rank wait.
+        """
         where, config, start = self.position, self.config, time.perf_counter()
         lr = config.optimizer.lr * config.schedule.factor(where.applied_steps, where.total_steps, self.plateau)
         set_lr(self.trained.optimizer, lr)

@@ -67,6 +67,7 @@ class Tracker:
         self.active = active
         self._run: Any = None
         self._last_line = 0.0
+        self._last_step = 0
         if not active:
             return
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
@@ -82,8 +83,10 @@ class Tracker:
         )
         self._task = self._progress.add_task(name, total=total_steps, numbers="")
         self._progress.start()
+        self._complete = folder / "wandb" / "complete-to-step"
         if config.wandb != "disabled":
             self._run = self._start_wandb(name, run_id, settings)
+            self._send_what_was_lost()
 
     def _start_wandb(self, name: str, run_id: str, settings: dict[str, Any]) -> Any:
         # Audio in tables is staged in these two folders; inside the run directory it can be moved and synced with it.
@@ -125,6 +128,17 @@ class Tracker:
             log.warning("W&B is not used (%s)", error)
         return None
 
+    def _send_what_was_lost(self) -> None:
+        """After a kill, send again what W&B may still have had in memory; after a graceful end there is nothing."""
+        try:
+            complete = int(self._complete.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            complete = 0
+        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["step"] > complete:
+                self._send(row)
+
     def train(self, row: dict[str, Any], line: str) -> None:
         """One step: a row of numbers, and what the progress line says."""
         if not self.active:
@@ -135,7 +149,7 @@ class Tracker:
             self._last_line = now
             print(f"step {row['step']}  {line}", file=sys.stderr, flush=True)
         if row["step"] % self.config.log_every_steps == 0:
-            self._row({"kind": "train", **row}, "train")
+            self._row({"kind": "train", **row})
 
     def validation(self, row: dict[str, Any]) -> None:
         """One validation: a row of numbers."""
@@ -143,13 +157,18 @@ class Tracker:
             return
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
         self.say(f"validation at step {row['step']}: {numbers}")
-        self._row({"kind": "validation", **row}, "valid")
+        self._row({"kind": "validation", **row})
 
-    def _row(self, row: dict[str, Any], prefix: str) -> None:
+    def _row(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a number that is not finite becomes null.
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
+        self._last_step = row["step"]
+        self._send(row)
+
+    def _send(self, row: dict[str, Any]) -> None:
+        prefix = "train" if row["kind"] == "train" else "valid"
         numbers = {f"{prefix}/{k}": v for k, v in row.items() if k not in ("kind", "step", "epoch")}
         self._wandb({**numbers, "trainer/step": row["step"], "trainer/epoch": row["epoch"]})
 
@@ -193,6 +212,8 @@ class Tracker:
         if self._run is not None:
             try:
                 self._run.finish(exit_code=exit_code)
+                if self._last_step:
+                    self._complete.write_text(str(self._last_step), encoding="utf-8")
             except Exception as error:
                 log.warning("W&B did not finish: %s", error)
 

@@ -169,7 +169,7 @@ def poisoned(ranks: Any, arguments: list[str]) -> dict[str, Any]:
     seen = []
     from trainer.engine import Training
 
-    original_step = Training._step
+    original_step = Training.step
 
     def watch(self: Any, *args: Any) -> None:
         original_step(self, *args)
@@ -178,7 +178,7 @@ def poisoned(ranks: Any, arguments: list[str]) -> dict[str, Any]:
             ({n: t.clone() for n, t in self.trained.full("weight").items()}, slots, self.position.applied_steps)
         )
 
-    Training._step = watch
+    Training.step = watch
     return fit(ranks, arguments) | {"seen": seen}
 
 
@@ -210,14 +210,14 @@ def interrupted(ranks: Any, arguments: list[str]) -> dict[str, Any]:
     """Train, and send rank 0 a SIGTERM in step 2; all ranks must agree."""
     from trainer.engine import Training
 
-    original = Training._step
+    original = Training.step
 
     def step(self: Any, *args: Any) -> None:
         if self.position.step == 1 and ranks.first:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, *args)
 
-    Training._step = step
+    Training.step = step
     return fit(ranks, arguments)
 
 

@@ -37,12 +37,13 @@ def main(arguments: argparse.Namespace) -> int:
 
     if split not in get_args(Split):
         raise UserError(f"the command line: split = {split!r}: wanted train, valid or test")
+    chosen: Split = split  # type: ignore[assignment]
     run = RunDirectory.existing(arguments.run)
     recipe = from_plain(run.saved_config(), show(run.config), overrides)
     best = checkpoint.best(run.checkpoints)
     ranks = distributed.start()
     try:
-        values, rows = Evaluator(recipe, recipe.build_dataset(split), ranks).run(best.weights())
+        values, rows = Evaluator(recipe, recipe.build_dataset(chosen), ranks).run(best.weights())
     finally:
         distributed.stop()
     rows.sort(key=lambda r: r.rate, reverse=True)
