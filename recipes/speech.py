@@ -33,6 +33,8 @@ class SpeechModelConfig(Config):
     rnn: RNNConfig = RNNConfig(directions="concat")
     input_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout between the subsampling and the recurrence."""
+    intermediate_ctc: float = Field(0.0, ge=0, lt=1)
+    """Weight of a second CTC loss on the middle layer (Lee & Watanabe 2021, arXiv:2102.03216); 0: none."""
 
 
 class SpeechRunConfig(RunConfig):
@@ -48,7 +50,8 @@ class SpeechModel(nn.Module):
     Shape:
         audio: (B, T, F) features, or (B, N) waveforms if the features are computed here; lengths: (B,) of it;
         noise_keys: (B,) int64
-        returns: (B, T', V) log-probabilities in float32, lengths (B,) in output frames
+        returns: (B, T', V) log-probabilities in float32, lengths (B,) in output frames, and while training with an
+        intermediate loss the same log-probabilities of the middle layer, else None
     """
 
     def __init__(self, config: SpeechRunConfig) -> None:
@@ -63,15 +66,24 @@ class SpeechModel(nn.Module):
         self.input_dropout = KeyedDropout(config.model.input_dropout, "input")
         self.rnn = config.model.rnn.build(self.subsampling.output_size)
         self.output = nn.Linear(config.model.rnn.output_size, num_classes)
+        self.middle = (config.model.rnn.num_layers + 1) // 2 - 1
+        self.middle_output = (
+            nn.Linear(config.model.rnn.output_size, num_classes) if config.model.intermediate_ctc else None
+        )
 
-    def forward(self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.features_here:
             audio, lengths = self.log_mel(audio, lengths)
             if self.training and noise_keys is not None:
                 audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
         x, lengths = self.subsampling(audio, lengths)
-        x, _ = self.rnn(self.input_dropout(x, noise_keys), lengths, noise_keys)
-        return self.output(x).float().log_softmax(-1), lengths
+        x, hidden = self.rnn(self.input_dropout(x, noise_keys), lengths, noise_keys, all_layers=True)
+        middle = None
+        if self.training and self.middle_output is not None:
+            middle = self.middle_output(hidden[self.middle]).float().log_softmax(-1)
+        return self.output(x).float().log_softmax(-1), lengths, middle
 
 
 class Speech(Recipe[SpeechRunConfig]):
@@ -112,18 +124,12 @@ class Speech(Recipe[SpeechRunConfig]):
         return SpeechDataset(config.data, split, config.plan, config.seed, self.num_output_frames)
 
     def step(self, model: nn.Module, batch: Batch) -> StepOutput:
-        valid = batch["valid"]
-        log_probs, lengths = model(batch["audio"], batch["lengths"], batch["noise_keys"])
-        nats = F.ctc_loss(
-            log_probs.transpose(0, 1),
-            batch["labels"],
-            lengths,
-            batch["label_lengths"],
-            blank=BLANK,
-            reduction="none",
-        )
-        tokens = float((batch["label_lengths"] * valid).sum())
-        output = StepOutput({"ctc": Loss(torch.where(valid, nats, 0.0).sum(), tokens, "tokens")})
+        log_probs, lengths, middle = model(batch["audio"], batch["lengths"], batch["noise_keys"])
+        tokens = float((batch["label_lengths"] * batch["valid"]).sum())
+        share = self.config.model.intermediate_ctc if middle is not None else 0.0
+        output = StepOutput({"ctc": Loss(ctc(log_probs, lengths, batch), tokens, "tokens", 1 - share)})
+        if middle is not None:
+            output.losses["middle_ctc"] = Loss(ctc(middle, lengths, batch), tokens, "tokens", share)
         if not model.training:
             self._score(output, batch, log_probs, lengths)
         return output
@@ -146,6 +152,18 @@ class Speech(Recipe[SpeechRunConfig]):
                     {"reference": reference, "hypothesis": text},
                 )
             )
+
+
+def ctc(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+    """Sum of the CTC losses of the valid places, in nats (Graves et al. 2006).
+
+    Shape:
+        log_probs: (B, T, V), lengths: (B,)
+    """
+    nats = F.ctc_loss(
+        log_probs.transpose(0, 1), batch["labels"], lengths, batch["label_lengths"], blank=BLANK, reduction="none"
+    )
+    return torch.where(batch["valid"], nats, 0.0).sum()
 
 
 def greedy(log_probs: Tensor, lengths: Tensor, characters: Characters) -> list[str]:

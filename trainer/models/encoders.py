@@ -37,6 +37,8 @@ class _SubsamplingConfig(Config):
     layers: tuple[ConvLayerConfig, ...] = (ConvLayerConfig(), ConvLayerConfig())
     norm: NormKind = "none"
     """After each convolution."""
+    projection: int | None = Field(None, ge=1)
+    """Width of a linear map after the last convolution; null: none."""
     activation: Literal["relu", "gelu"] = "relu"
 
     @property
@@ -101,7 +103,8 @@ class Subsampling(nn.Module):
                 )
             channels = layer.channels
             self.norms.append(build_norm(config.norm, channels * bands))
-        self.output_size = channels * bands
+        self.output_size = config.projection or channels * bands
+        self.projection = nn.Linear(channels * bands, config.projection) if config.projection else nn.Identity()
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         activation = nn.functional.relu if self.config.activation == "relu" else nn.functional.gelu
@@ -115,4 +118,4 @@ class Subsampling(nn.Module):
             else:
                 y = convolution(x.transpose(1, 2)).transpose(1, 2)  # (B, T', C)
             x = activation(norm(y, mask)) * mask[..., None]
-        return x, lengths
+        return self.projection(x), lengths
