@@ -100,7 +100,7 @@ class Tracker:
 
             mode = self.config.wandb
             if mode == "auto":
-                mode = "online" if _has_key() else "offline"
+                mode = "online" if has_key() else "offline"
             for attempt in dict.fromkeys((mode, "offline")):
                 try:
                     run = wandb.init(
@@ -218,7 +218,7 @@ class Tracker:
                 log.warning("W&B did not finish: %s", error)
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether W&B would find a key without asking."""
     if os.environ.get("WANDB_API_KEY"):
         return True
