@@ -58,8 +58,8 @@ case "${1:-}" in
     config=speech/read_ru
     "$python" -m trainer prepare "$config"
     "$python" -m trainer train "$config" nproc=2
-    "$python" -m trainer report "${config/\//-}"
-    exec "$python" -m trainer evaluate "${config/\//-}"
+    "$python" -m trainer evaluate "${config/\//-}"
+    exec "$python" -m trainer report "${config/\//-}"
     ;;
 test)
     shift
