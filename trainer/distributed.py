@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -312,15 +311,3 @@ def _import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return deepspeed
-
-
-def use_threads(local_world_size: int) -> None:
-    """Share the cores of this host among its ranks, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-
-
-def remove_store() -> None:
-    """Delete the meeting file of the processes of one host."""
-    if path := os.environ.get(STORE):
-        Path(path).unlink(missing_ok=True)

@@ -36,6 +36,7 @@ class Check:
 def packages() -> str:
     """Every dependency imports."""
     found = []
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would warn that it found no other
     for name in PACKAGES:
         try:
             module = importlib.import_module(name)

@@ -1,0 +1,66 @@
+"""The README's commands do what it says, as a newcomer would type them."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from trainer.config import PROJECT
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Lines of the shell blocks that need no download."""
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+    return [line for line in lines if line.startswith("./launch.sh ") and "tones" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_commands_of_the_readme(tmp_path: Path) -> None:
+    try:
+        metadata.version("ostinato")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the project is not installed in this environment: run ./launch.sh test")
+    lines = commands()
+    assert [line.split()[1] for line in lines] == ["prepare", "train", "evaluate", "report"]
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "WANDB_MODE": "offline"}
+    outputs = []
+    for line in lines:
+        # One pass is enough to see that every command finds what the one before it left.
+        more = " max_epochs=1" if " train " in line else ""
+        command = line.replace("./launch.sh", str(PROJECT / "launch.sh")) + more
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        outputs.append(done.stdout)
+    assert "CER" in outputs[2]
+    assert "report: runs/speech-tones/report.html" in outputs[3]
+    assert (tmp_path / "runs" / "speech-tones" / "report.html").stat().st_size > 50_000
+
+
+def test_every_verb_is_in_the_readme_and_explains_itself() -> None:
+    done = subprocess.run([sys.executable, "-m", "trainer", "--help"], cwd=PROJECT, capture_output=True, text=True)
+    verbs = re.findall(r"^  ([a-z-]+)\s+\S", done.stdout, re.M)
+    assert {"train", "prepare", "evaluate", "report", "plan", "doctor", "bench", "schema", "test"} == set(verbs)
+    for verb in verbs:
+        assert f"`{verb}" in README, verb
+    from trainer.__main__ import main
+
+    for verb in set(verbs) - {"test"}:
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--help"])
+        assert ended.value.code == 0
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for path in [PROJECT / "README.md", *(PROJECT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
