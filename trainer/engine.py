@@ -452,7 +452,8 @@ class Training:
         if monitor not in values:
             raise KeyError(f"the recipe monitors {monitor!r}; validation gives {sorted(values)}")
         better = self.plateau.observe(values[monitor], where.step, self.config.schedule)
-        self.best[where.step] = values[monitor]
+        if not math.isnan(values[monitor]):
+            self.best[where.step] = values[monitor]
         self.tracker.validation(
             {
                 "step": where.step,

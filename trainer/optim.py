@@ -197,9 +197,9 @@ class Plateau:
 
     def observe(self, value: float, step: int, schedule: CosineConfig | PlateauConfig | ConstantConfig) -> bool:
         """Take in a validation; true if it is the best so far. A NaN never is."""
-        if self.best is None or value < self.best:
+        if not math.isnan(value) and (self.best is None or value < self.best):
             self.best, self.best_step, self.since_best, self.since_cut = value, step, 0, 0
-            return not math.isnan(value)
+            return True
         self.since_best += 1
         self.since_cut += 1
         if isinstance(schedule, PlateauConfig) and self.since_cut >= schedule.patience:

@@ -1,0 +1,77 @@
+"""Schedules have the shape they say, validation decides as it says, and a non-finite gradient moves nothing."""
+
+import math
+
+import pytest
+import torch
+
+from trainer.optim import AdamWConfig, ConstantConfig, CosineConfig, Plateau, PlateauConfig, build_optimizer
+
+
+def test_cosine_rises_falls_and_stays_down() -> None:
+    schedule, plateau = CosineConfig(warmup_steps=10, final=0.1), Plateau()
+    factors = [schedule.factor(s, 110, plateau) for s in range(150)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert factors[10:111] == sorted(factors[10:111], reverse=True)
+    assert factors[110:] == [pytest.approx(0.1)] * 40  # a run may go on past the length it began with
+
+
+def test_plateau_cuts_after_patience_and_counts_for_early_stop() -> None:
+    schedule, plateau = PlateauConfig(patience=2, cut=0.5), Plateau()
+    better = [plateau.observe(v, i, schedule) for i, v in enumerate([3.0, 2.0, 2.5, math.nan, 2.2, 2.1, 1.0])]
+    assert better == [True, True, False, False, False, False, True]
+    assert plateau.scale == 0.25
+    assert (plateau.best, plateau.best_step, plateau.since_best) == (1.0, 6, 0)
+    assert schedule.factor(99, 100, plateau) == 0.25
+    again = Plateau()
+    again.restore(plateau.state())
+    assert again.state() == plateau.state()
+
+
+def test_a_nan_is_never_the_best() -> None:
+    plateau = Plateau()
+    assert not plateau.observe(math.nan, 1, ConstantConfig())
+    assert plateau.observe(5.0, 2, ConstantConfig())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
+    net = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(AdamWConfig(lr=0.1, average_decay=0.9, clip_norm=1.0), net, guards=True)
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not optimizer.refused
+    assert optimizer.grad_norm == pytest.approx(math.sqrt(8))
+    before = [p.clone() for p in net.parameters()] + [optimizer.state[p]["average"].clone() for p in net.parameters()]
+    net.weight.grad[0, 0] = bad
+    optimizer.step()
+    after = [*net.parameters(), *(optimizer.state[p]["average"] for p in net.parameters())]
+    assert optimizer.refused
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_average_follows_its_formula() -> None:
+    net = torch.nn.Linear(1, 1, bias=False)
+    optimizer = build_optimizer(AdamWConfig(lr=0.1, average_decay=0.5), net, guards=True)
+    values = []
+    for _ in range(12):
+        net.weight.grad = torch.ones_like(net.weight)
+        optimizer.step()
+        values.append(float(net.weight))
+    want = values[0]
+    for t, value in enumerate(values[1:], 2):
+        decay = min(0.5, (1 + t) / (10 + t))
+        want = decay * want + (1 - decay) * value
+    assert float(optimizer.state[net.weight]["average"]) == pytest.approx(want, rel=1e-5)
+
+
+def test_vectors_do_not_decay() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    groups = build_optimizer(AdamWConfig(weight_decay=0.3), net, guards=True).param_groups
+    assert [(g["names"], g["weight_decay"]) for g in groups] == [
+        (["0.weight"], 0.3),
+        (["0.bias", "1.weight", "1.bias"], 0.0),
+    ]
