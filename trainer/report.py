@@ -1,16 +1,20 @@
 """The report of a run: one HTML file that needs nothing else, and the pictures in it as PNG beside it.
 
-Everything that comes from data (keys, texts, configuration) is escaped: a transcript is never markup.
+Everything that comes from data (keys, texts, configuration) is escaped: a transcript is never markup. A section whose
+numbers do not exist yet says so, so that a run in progress has a report too.
 """
 
 import base64
 import html
 import io
 import json
+import math
+import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,54 +23,80 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import soundfile
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from trainer import checkpoint, keyed
 from trainer import config as configuration
-from trainer.config import PROJECT
+from trainer.config import PROJECT, show
 from trainer.data.dataset import Media
+from trainer.distributed import WEIGHT
 from trainer.errors import UserError
 from trainer.metrics import GAP, align
 from trainer.recipe import Recipe
 from trainer.run import RunDirectory, read_lines
 
+Rows = list[dict[str, Any]]
+
 SHOWN = 10
 """Rows in each of the two tables of samples."""
 PACKAGES = ("ostinato", "torch", "torchaudio", "deepspeed", "webdataset", "wandb", "numpy", "pydantic")
+PARTS = ("insertions", "deletions", "substitutions")
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes too (Okabe & Ito)
+MAX_PICTURE_FRAMES = 600
+SOUNDS = (("MP3", "audio/mpeg"), ("OGG", "audio/ogg"), ("WAV", "audio/wav"))
+"""In order of preference: the smallest first; what this libsndfile cannot write falls to the next."""
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-.facts { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; padding: 0; }
-.facts div { background: var(--soft); border-radius: .5rem; padding: .5rem 1rem; }
-.facts b { display: block; font-size: 1.4rem; } .facts .head b { font-size: 2.2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; } img { max-width: 100%; }
-td, th { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; background: white; border-radius: .5rem; padding: .5rem; }
-.sample { border-bottom: 1px solid var(--line); padding: 1rem 0; } 
-.sample audio { width: 100%; max-width: 30rem; height: 2.2rem; }
-.aligned { font: 15px/1.6 ui-monospace, monospace; overflow-wrap: anywhere; }
-.aligned ins { background: #d55e0055; text-decoration: underline; } .aligned del { background: #0072b255; }
-.aligned em { background: #e69f0077; font-style: normal; border-bottom: 2px dotted; }
-pre { overflow-x: auto; background: var(--soft); padding: 1rem; border-radius: .5rem; }
+:root { color-scheme: light dark; --line: #8885; --soft: #8882; --add: #b8860055; --miss: #0072b255; --swap: #d55e0055; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { margin: 0; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+.facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
+.facts div { background: var(--soft); border-radius: .5rem; padding: .5rem .9rem; font-size: .9rem; }
+.facts b { display: block; font-size: 1.3rem; } .facts .head { flex-basis: 100%; } .facts .head b { font-size: 2.8rem; line-height: 1.2; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .8rem; }
+img { max-width: 100%; display: block; border-radius: .3rem; } .plot { width: 100%; background: white; }
+@media (prefers-color-scheme: dark) { .plot { filter: invert(.91) hue-rotate(180deg); } .plot.image { filter: none; } }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .95rem; }
+td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.sample { border-bottom: 1px solid var(--line); padding: .9rem 0; } .sample p { margin: 0 0 .4rem; }
+.sample audio { display: block; width: 100%; max-width: 26rem; height: 2.4rem; margin: .4rem 0; }
+.sample img { height: 5rem; min-width: min(100%, 12rem); margin: .4rem 0; }
+.aligned, .key { font: 15px/1.35 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+.aligned { margin: .5rem 0; }
+.aligned > span { display: inline-block; white-space: pre; margin-bottom: .5rem; vertical-align: top; }
+.aligned i, .aligned b { display: block; font-style: normal; font-weight: normal; min-height: 1.35em; } .aligned b { font-size: 15px; color: GrayText; }
+ins { background: var(--add); } del { background: var(--miss); text-decoration: line-through; }
+em { background: var(--swap); font-style: normal; } ins { text-decoration: underline; }
+pre { overflow-x: auto; background: var(--soft); padding: 1rem; border-radius: .5rem; font-size: .85rem; }
+summary { cursor: pointer; padding: .5rem 0; } small { color: GrayText; }
 """
 
 
 def escape(value: object) -> str:
+    """Text as HTML that shows it, also inside a quoted attribute."""
     return html.escape(str(value), quote=True)
 
 
-def picture(figure: Figure, path: Path, dpi: int = 110) -> str:
-    """Save a figure beside the report and return it as an <img> that holds it."""
-    figure.savefig(path, dpi=dpi, bbox_inches="tight")
-    plt.close(figure)
+# Pictures
+
+
+def _inline(path: Path, kind: str, name: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(path.stem.replace("-", " "))}" src="data:image/png;base64,{data}">'
+    return f'<img class="{kind}" alt="{escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def picture(figure: Figure, path: Path, kind: str = "plot") -> str:
+    """Save a figure beside the report and return it as an <img> that holds it."""
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return _inline(path, kind, path.stem.replace("-", " "))
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
@@ -74,126 +104,451 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
-def _series(rows: list[dict[str, Any]], name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
+def _series(rows: Rows, name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
     kept = [(row["step"], row[name] * factor) for row in rows if row.get(name) is not None]
     return [s for s, _ in kept], [v for _, v in kept]
 
 
-def _curve(axes: Axes, rows: list[dict[str, Any]], name: str, label: str, color: str, factor: float = 1.0) -> None:
+def _curve(axes: Axes, rows: Rows, name: str, label: str, color: str, factor: float = 1.0) -> None:
+    """Raw values faintly, their running mean over them."""
     steps, values = _series(rows, name, factor)
     if values:
-        axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth(values, max(1, len(values) // 40)), color=color, label=label)
 
 
-def curves(train: list[dict[str, Any]], valid: list[dict[str, Any]], refused: list[dict[str, Any]]) -> Figure:
-    """Loss, error rates, learning rate and gradient, speed: over optimizer steps."""
-    figure, grid = plt.subplots(2, 2, figsize=(12, 7.5), sharex=True)
-    loss, errors, gradient, speed = grid.flat
-    _curve(loss, train, "loss", "training (smoothed)", BLUE)
-    loss.plot(*_series(valid, "loss"), "o-", color=ORANGE, label="validation", markersize=4)
-    loss.set(ylabel="loss", title="Loss")
-    low = [v for _, v in zip(*_series(train, "loss"), strict=True)][len(train) // 20 :]
-    if low:
-        loss.set_ylim(0, 1.05 * max(*low, *_series(valid, "loss")[1], 1e-9))
-    rates = [name for name in (valid[0] if valid else {}) if f"{name}_insertions" in valid[0]]
-    for name, color in zip(rates, (ORANGE, BLUE, GREEN), strict=False):
-        errors.plot(*_series(valid, name, 100), "o-", color=color, label=name.upper(), markersize=4)
-    errors.set(ylabel="errors, %", title="Validation", ylim=(0, None))
-    _curve(gradient, train, "grad_norm", "gradient norm", BLUE)
+def rates(metrics: dict[str, Any]) -> list[str]:
+    """Names of the metrics that are error rates: those that come with their three parts."""
+    return [name for name in metrics if all(f"{name}_{part}" in metrics for part in PARTS)]
+
+
+def _axes(ylabel: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.set(xlabel="step", ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["right"]].set_visible(False)
+    return figure, axes
+
+
+def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
+    """Pictures over optimizer steps, by name; one that would be empty is left out."""
+    figures: dict[str, Figure] = {}
+    figures["loss"], axes = _axes("loss")
+    _curve(axes, train, "loss", "training, smoothed", BLUE)
+    axes.plot(*_series(valid, "loss"), "o-", color=ORANGE, label="validation", markersize=4)
+    # The first steps may be far above the rest, which is what one wants to see.
+    settled = [*_series(train, "loss")[1][len(train) // 20 :], *_series(valid, "loss")[1]]
+    if settled and max(settled) > min(settled):
+        margin = 0.05 * (max(settled) - min(settled))
+        axes.set_ylim(min(settled) - margin, max(settled) + margin)
+    hours = dict(zip(*_series(train, "audio_hours"), strict=True))
+    if len(hours) > 1:
+        top = axes.twiny()
+        top.set_xlim(axes.get_xlim())
+        ticks = [list(hours)[round(i * (len(hours) - 1) / 4)] for i in range(5)]
+        top.set_xticks(ticks, [f"{hours[t]:.3g}" for t in ticks], fontsize=8)
+        top.set_xlabel("hours of audio", fontsize=9)
+        top.spines[["right"]].set_visible(False)
+
+    measured = list(dict.fromkeys(name for row in valid for name in rates(row)))
+    if measured:
+        figures["error-rates"], axes = _axes("errors in validation, %")
+        for name, color, marker in zip(measured, (ORANGE, BLUE, GREEN), "os^", strict=False):
+            axes.plot(*_series(valid, name, 100), marker + "-", color=color, label=name.upper(), markersize=4)
+        axes.set_ylim(0, None)
+
+    figures["learning-rate"], axes = _axes("learning rate")
+    axes.plot(*_series(train, "lr"), color=BLUE)
+    axes.set_ylim(0, None)
+
+    figures["gradient-norm"], axes = _axes("gradient norm before clipping")
+    _curve(axes, train, "grad_norm", "gradient norm, smoothed", BLUE)
+    if any(value > 0 for value in _series(train, "grad_norm")[1]):
+        axes.set_yscale("log")
     for i, row in enumerate(refused):
-        gradient.axvline(row["step"], color=ORANGE, linestyle=":", label="refused step" if i == 0 else None)
-    gradient.set(ylabel="gradient norm", xlabel="step", title="Gradient and learning rate", yscale="log")
-    rate = gradient.twinx()
-    rate.plot(*_series(train, "lr"), color=GREEN, label="learning rate")
-    rate.set(ylabel="learning rate", ylim=(0, None))
-    _curve(speed, train, "audio_hours_per_second", "speed", BLUE, 3600)
-    speed.set(ylabel="x real time", xlabel="step", title="Speed, padding, waiting for data", ylim=(0, None))
-    share = speed.twinx()
-    _curve(share, train, "padding_percent", "padding, %", GREEN)
-    _curve(share, train, "data_wait_percent", "waiting for data, %", ORANGE)
-    share.set(ylabel="% of a step", ylim=(0, 100))
-    for axes, twin in ((loss, None), (errors, None), (gradient, rate), (speed, share)):
-        axes.grid(alpha=0.25)
-        handles = [line for a in (axes, twin) if a is not None for line in a.get_legend_handles_labels()[0]]
-        if handles:
-            axes.legend(handles=handles, fontsize=8, loc="best")
-    figure.tight_layout()
+        axes.axvline(row["step"], color=ORANGE, linestyle=":", label=None if i else "refused step")
+
+    figures["throughput"], axes = _axes("hours of audio an hour (x real time)")
+    _curve(axes, train, "audio_hours_per_second", "throughput, smoothed", BLUE, 3600)
+    axes.set_ylim(0, None)
+
+    figures["padding-and-waiting"], axes = _axes("%")
+    _curve(axes, train, "padding_percent", "padding, % of what is computed", GREEN)
+    _curve(axes, train, "data_wait_percent", "waiting for data, % of the time", ORANGE)
+    axes.set_ylim(0, None)
+    for figure in figures.values():
+        axes = figure.axes[0]
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+    return figures
+
+
+def _scaled(image: NDArray[Any]) -> NDArray[np.float64]:
+    """Values to [0, 1], the brightest and darkest hundredth cut off."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    low, high = np.percentile(values, [1, 99])
+    return np.clip((values - low) / max(high - low, 1e-9), 0, 1)
+
+
+def heat_map(image: NDArray[Any], path: Path) -> str:
+    """A small picture without axes: (bands, frames), time to the right, low bands at the bottom."""
+    from PIL import Image
+
+    stride = math.ceil(image.shape[1] / MAX_PICTURE_FRAMES)
+    levels = (_scaled(image[::-1, ::stride]) * 31).round().astype(np.uint8)  # few levels: a third of the bytes
+    pixels = Image.fromarray(levels, mode="P")
+    colors = plt.get_cmap("magma")(np.linspace(0, 1, 32))[:, :3]
+    pixels.putpalette((colors * 255).astype(np.uint8).tobytes())
+    pixels.save(path, optimize=True)
+    return _inline(path, "image", path.stem.replace("-", " "))
+
+
+def large_heat_map(media: Media, image: NDArray[Any]) -> Figure:
+    """The same with axes, in seconds where the length of the sound is known."""
+    figure, axes = plt.subplots(figsize=(10, 3), layout="constrained")
+    seconds = None if media.audio is None else len(media.audio) / media.sample_rate_hz
+    extent = (0, seconds or image.shape[1], 0, image.shape[0])
+    axes.imshow(_scaled(image), origin="lower", aspect="auto", cmap="magma", extent=extent)
+    axes.set(xlabel="frames" if seconds is None else "seconds", ylabel="band")
     return figure
 
 
-def heat_map(media: Media, seconds: float) -> Figure:
-    """Bands over time, low ones at the bottom."""
-    assert media.image is not None
-    figure, axes = plt.subplots(figsize=(9, 1.8))
-    axes.imshow(media.image, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(media.image)))
-    axes.set(xlabel="seconds", ylabel="band")
-    return figure
+# Sound and text
 
 
 def sound(media: Media) -> str:
-    """An <audio> element that holds the sound as MP3."""
+    """An <audio> element that holds the sound."""
     if media.audio is None:
         return ""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, media.audio, media.sample_rate_hz, format="MP3")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<audio controls preload="none" src="data:audio/mpeg;base64,{data}"></audio>'
+    samples = np.clip(np.nan_to_num(np.asarray(media.audio, dtype=np.float32)), -1, 1)
+    for kind, mime in SOUNDS:
+        buffer = io.BytesIO()
+        try:
+            with soundfile.SoundFile(buffer, "w", media.sample_rate_hz, 1, format=kind) as file:
+                for start in range(0, len(samples), 16000):  # one large block overflows the encoder's stack
+                    file.write(samples[start : start + 16000])
+        except (soundfile.SoundFileError, TypeError, ValueError):
+            continue
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<audio controls preload="none" src="data:{mime};base64,{data}"></audio>'
+    return ""
 
 
-def aligned(reference: str, hypothesis: str) -> str:
-    """The reference as it was recognised: <del> missed, <ins> added, <em> one for another ("wanted>got")."""
-    parts = []
-    for wanted, got in align(list(reference), list(hypothesis)):
+def aligned(reference: str, hypothesis: str, width: int = 24) -> str:
+    """Reference over hypothesis, character under character, and a third line that names each error: I, D or S.
+
+    Args:
+        width: columns after which a line may break even inside a word.
+    """
+    chunks: list[list[tuple[str, str]]] = [[]]
+    for pair in align(list(reference), list(hypothesis)):
+        chunks[-1].append(pair)
+        if " " in pair or len(chunks[-1]) >= width:
+            chunks.append([])
+    return "".join(f"<span>{_chunk(pairs)}</span>" for pairs in chunks if pairs)
+
+
+def _chunk(pairs: Iterable[tuple[str, str]]) -> str:
+    above, below, marks = "", "", ""
+    for wanted, got in pairs:
         if wanted == got:
-            parts.append(escape(wanted))
-        elif got == GAP:
-            parts.append(f"<del>{escape(wanted)}</del>")
-        elif wanted == GAP:
-            parts.append(f"<ins>{escape(got)}</ins>")
-        else:
-            parts.append(f"<em>{escape(wanted)}&gt;{escape(got)}</em>")
+            above, below, marks = above + escape(wanted), below + escape(got), marks + " "
+            continue
+        # A space that is wrong must be seen.
+        a, b = (escape({GAP: "·", " ": "_"}.get(x, x)) for x in (wanted, got))
+        mark, tag = ("I", "ins") if wanted == GAP else ("D", "del") if got == GAP else ("S", "em")
+        above += a if wanted == GAP else f"<{tag}>{a}</{tag}>"
+        below += b if got == GAP else f"<{tag}>{b}</{tag}>"
+        marks += mark
+    return f"<i>{above}</i><i>{below}</i><b>{marks.rstrip()}</b>"
+
+
+LEGEND = (
+    "<p>Reference above, hypothesis below: <ins>I</ins> inserted, <del>D</del> deleted, <em>S</em> substituted; "
+    "· stands for nothing, _ for a space that is wrong.</p>"
+)
+
+
+def _table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), numbers: int = 0) -> str:
+    """A table whose last `numbers` columns are numbers."""
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        first = len(cells) - numbers
+        parts = (
+            f"<{tag}{' class=number' if i >= first else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<div class=wide><table>{line(head, 'th') if head else ''}{body}</table></div>"
+
+
+# Sections
+
+
+def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float]:
+    """Write RUN/report.html and RUN/report/*.png.
+
+    Args:
+        run: with a configuration; what else is missing is said in the report.
+        recipe: with the run's configuration.
+        split: whose evaluation is shown.
+
+    Returns:
+        the metrics of that evaluation; empty if there is none.
+
+    Raises:
+        UserError: an evaluation is damaged, or the run directory cannot be written.
+    """
+    folder = run.path / "report"
+    try:
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.png"):
+            old.unlink()
+    except OSError as error:
+        raise UserError(f"{show(folder)}: cannot be written: {error.strerror}; copy the run where you may") from error
+    rows = [row for row in read_lines(run.metrics) if isinstance(row, dict)]
+    train = [r for r in rows if r.get("kind") == "train"]
+    valid = [r for r in rows if r.get("kind") == "validation"]
+    evaluations = {p.stem: _evaluation(p) for p in sorted((run.path / "evaluation").glob("*.json"))}
+    state, parameters, damage = _state(run)
+    refused = list(read_lines(run.refused))
+    name = run.path.resolve().name
+    sections = {
+        "": _facts(run, recipe, split, evaluations, train, valid, state, parameters),
+        "Curves": _curves(curves(train, valid, refused), folder) if rows else "<p>No step has been recorded yet.</p>",
+        "Errors": _errors(evaluations, valid),
+        f"Samples of {split}": _samples(evaluations.get(split), recipe, name, split, folder),
+        "Bad samples and refused steps": _faults(list(read_lines(run.quarantine)), refused) + damage,
+        "Configuration": _configuration(recipe),
+        "Versions and machine": _machine(state),
+    }
+    parts = "".join((f"<h2>{escape(title)}</h2>" if title else "") + text for title, text in sections.items())
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(name)}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{escape(name)}</h1>{parts}</body></html>\n"
+    )
+    temporary = run.report.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8", errors="replace")
+    temporary.replace(run.report)
+    metrics: dict[str, float] = evaluations.get(split, {}).get("metrics", {})
+    return metrics
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, "metrics": dict(found["metrics"]), "rows": list(found["rows"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{show(path)}: is not what `evaluate` writes ({error}); delete it or evaluate again"
+        ) from error
+
+
+def _state(run: RunDirectory) -> tuple[dict[str, Any], int | None, str]:
+    """The newest checkpoint's state, the number of trained weights in it, and what is wrong with it."""
+    try:
+        newest = checkpoint.newest(run.checkpoints)
+    except UserError as error:
+        return {}, None, f"<p>{escape(error)}</p>"
+    if newest is None:
+        return {}, None, ""
+    return newest.state, sum(piece.values.numel() for piece in newest.slices() if piece.slot == WEIGHT), ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _facts(
+    run: RunDirectory,
+    recipe: Recipe[Any],
+    split: str,
+    evaluations: dict[str, dict[str, Any]],
+    train: Rows,
+    valid: Rows,
+    state: dict[str, Any],
+    parameters: int | None,
+) -> str:
+    boxes = []
+    metrics, monitor = evaluations.get(split, {}).get("metrics", {}), recipe.monitor
+    if metrics.get(monitor) is not None:
+        value = f"{100 * metrics[monitor]:.2f} %" if monitor in rates(metrics) else f"{metrics[monitor]:.4g}"
+        boxes.append((f"{monitor.upper()} on {split}, step {evaluations[split].get('step', '?')}", value))
+    lead = "".join(f"<div class=head><b>{escape(v)}</b>{escape(k)}</div>" for k, v in boxes)
+    if not lead:
+        what = "holds no sample that could be scored" if split in evaluations else "is not evaluated yet"
+        command = f"./launch.sh evaluate {run.path.name} split={split}"
+        lead = f"<div class=head>{escape(split)} {what}: run <code>{escape(command)}</code></div>"
+    boxes = []
+    if parameters is not None:
+        boxes.append(("parameters", f"{parameters:,}"))
+    position = state.get("position", {})
+    if train:
+        last = train[-1]
+        total = position.get("total_steps")
+        boxes.append(("steps" + (f" of {total:,}" if total else ""), f"{last['step']:,}"))
+        # The checkpoint's clock counts every step, but not those since it was written.
+        seconds = max(position.get("train_seconds", 0.0), sum(r.get("step_seconds") or 0.0 for r in train))
+        boxes.append(("in training steps", _duration(seconds)))
+        hours, speeds = last.get("audio_hours"), _series(train, "audio_hours_per_second", 3600)[1]
+        if hours:
+            boxes.append(("of audio trained on", f"{hours:.3g} h"))
+        if any(speeds):
+            boxes.append(("median throughput", f"{statistics.median(speeds):,.0f} x real time"))
+    if valid:
+        boxes.append(("in validation", _duration(sum(r.get("seconds") or 0.0 for r in valid))))
+    if "world_size" in state:
+        boxes.append(("processes", str(state["world_size"])))
+    if run.metrics.is_file():
+        last_written = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run.metrics.stat().st_mtime))
+        boxes.append(("last recorded, UTC", last_written))
+    inside = "".join(f"<div><b>{escape(v)}</b>{escape(k)}</div>" for k, v in boxes)
+    return f"<div class=facts>{lead}{inside}</div>"
+
+
+def _curves(figures: dict[str, Figure], folder: Path) -> str:
+    return f"<div class=plots>{''.join(picture(f, folder / f'{name}.png') for name, f in figures.items())}</div>"
+
+
+def _errors(evaluations: dict[str, dict[str, Any]], valid: Rows) -> str:
+    sources = {
+        f"{split}, step {e.get('step', '?')}, {len(e['rows'])} samples": e["metrics"]
+        for split, e in evaluations.items()
+    }
+    if valid:
+        sources[f"last validation, step {valid[-1]['step']}"] = valid[-1]
+    lines = []
+    for title, metrics in sources.items():
+        for name in rates(metrics):
+            values = [metrics[name], *(metrics[f"{name}_{part}"] for part in PARTS)]
+            lines.append([title, name.upper(), *("" if v is None else f"{100 * v:.2f}" for v in values)])
+    if not lines:
+        return "<p>Nothing has been validated or evaluated yet.</p>"
+    return _table(lines, ("split", "", "errors, %", "inserted, %", "deleted, %", "substituted, %"), numbers=4)
+
+
+def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, split: str, folder: Path) -> str:
+    if evaluation is None:
+        return f"<p>Not evaluated: <code>./launch.sh evaluate {escape(run)} split={escape(split)}</code></p>"
+    rows = evaluation["rows"]
+    if not rows:
+        return "<p>The evaluation holds no sample.</p>"
+    try:
+        dataset, note = recipe.build_dataset(split), ""  # type: ignore[arg-type]
+    except Exception as error:  # the data may be gone or changed in any way; the texts are still worth showing
+        dataset, note = None, f"<p>Without sound and pictures, the data cannot be opened: {escape(error)}</p>"
+    worst = sorted(rows, key=_rate, reverse=True)[:SHOWN]
+    random = sorted(rows, key=lambda r: keyed.key("report", r["key"]))[:SHOWN]
+    media = {row["key"]: _media(dataset, row["key"]) for row in [*worst, *random]} if dataset is not None else {}
+    parts = [note]
+    example = media.get(random[0]["key"])
+    if isinstance(example, Media) and example.image is not None:
+        parts.append(f"<p>What the model sees of <span class=key>{escape(random[0]['key'])}</span>:</p>")
+        parts.append(picture(large_heat_map(example, example.image), folder / "example.png", "plot image"))
+    if "reference" in rows[0]["columns"] and "hypothesis" in rows[0]["columns"]:
+        parts.append(LEGEND)
+    for title, chosen in ((f"The {len(worst)} worst", worst), (f"{len(random)} at random", random)):
+        parts.append(f"<h3>{title}</h3>")
+        for number, row in enumerate(chosen):
+            path = folder / f"{'worst' if chosen is worst else 'random'}-{number:02d}.png"
+            parts.append(_sample(row, media.get(row["key"]), path))
     return "".join(parts)
 
 
-def _sample(row: dict[str, Any], media: Media | None, path: Path) -> str:
-    columns = row["columns"]
-    cells = [f"<p><b>{row['errors'] / max(row['length'], 1):.0%}</b> of {escape(row['key'])}</p>"]
-    if media is not None:
-        cells.append(sound(media))
-        if media.image is not None and media.audio is not None:
-            cells.append(
-                f"<figure>{picture(heat_map(media, len(media.audio) / media.sample_rate_hz), path, 75)}</figure>"
-            )
-    for name, text in columns.items():
-        cells.append(f"<div><small>{escape(name)}</small> <span class=aligned>{escape(text)}</span></div>")
-    if "reference" in columns and "hypothesis" in columns:
-        both = aligned(columns["reference"], columns["hypothesis"])
-        cells.append(f"<div><small>aligned</small> <span class=aligned>{both}</span></div>")
-    return f"<div class=sample>{''.join(cells)}</div>"
+def _rate(row: dict[str, Any]) -> float:
+    rate: float = row["errors"] / max(row["length"], 1.0)
+    return rate
 
 
-def _media(dataset: Any, key: str) -> Media | None:
+def _media(dataset: Any, key: str) -> Media | str:
+    """Sound and picture of a sample, or why there is none."""
     try:
         found: Media = dataset.media(key)
-    except (OSError, ValueError, KeyError):
-        return None
+    except Exception as error:  # a bad sample fails in any way; it must not cost the report
+        return f"{type(error).__name__}: {error}"
     return found
 
 
-def _table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:
-    top = f"<tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr>" if head else ""
-    body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows)
-    return f"<div class=wide><table>{top}{body}</table></div>"
+def _sample(row: dict[str, Any], media: Media | str | None, path: Path) -> str:
+    columns = dict(row["columns"])
+    cells = [f"<p><b>{_rate(row):.0%}</b> <span class=key>{escape(row['key'])}</span></p>"]
+    if "reference" in columns and "hypothesis" in columns:
+        both = aligned(columns.pop("reference"), columns.pop("hypothesis"))
+        cells.append(f"<div class=aligned>{both}</div>")
+    cells += [f"<p><small>{escape(name)}</small> {escape(text)}</p>" for name, text in columns.items()]
+    if isinstance(media, str):
+        cells.append(f"<p><small>no sound: {escape(media)}</small></p>")
+    elif media is not None:
+        cells.append(sound(media))
+        if media.image is not None:
+            cells.append(heat_map(media.image, path))
+        cells += [f"<p><small>{escape(name)}</small> {escape(text)}</p>" for name, text in media.captions.items()]
+    return f"<div class=sample>{''.join(cells)}</div>"
+
+
+def _faults(bad: Rows, refused: Rows) -> str:
+    reasons: dict[str, list[str]] = {}
+    for row in bad:
+        reasons.setdefault(str(row.get("reason")), []).append(str(row.get("key")))
+    lines = sorted(((reason, _some(keys), len(keys)) for reason, keys in reasons.items()), key=lambda x: -x[2])
+    text = _table(lines, ("reason", "samples", "count"), numbers=1) if lines else "<p>No bad sample.</p>"
+    if not refused:
+        return text + "<p>No step was refused.</p>"
+    text += f"<p>{len(refused)} refused, because the gradient was not finite:</p>"
+    return text + _table(
+        [(r["step"], r.get("epoch"), _some(r.get("keys", []))) for r in refused[:SHOWN]], ("step", "epoch", "samples")
+    )
+
+
+def _some(keys: Sequence[str], count: int = 3) -> str:
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more
+
+
+def _configuration(recipe: Recipe[Any]) -> str:
+    values = configuration.plain(recipe.config)
+    try:
+        usual = configuration.flatten(configuration.plain(recipe.config_class()(recipe=recipe.config.recipe)))
+    except ValueError:  # a recipe may have keys without a default
+        usual = {}
+    absent = "(absent)"
+    different = [
+        (name, value, usual.get(name, absent))
+        for name, value in configuration.flatten(values).items()
+        if usual.get(name, absent) != value
+    ]
+    whole = f"<details><summary>All of it</summary><pre>{escape(configuration.dump_yaml(values))}</pre></details>"
+    return _table(different, ("differs from the defaults", "here", "default")) + whole
+
+
+def _machine(state: dict[str, Any]) -> str:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = [
+        ("processes in training", state.get("world_size", "unknown: no checkpoint yet")),
+        ("ZeRO stage", state.get("zero_stage", "unknown: no checkpoint yet")),
+        ("processor", f"{_cpu()}, {len(os.sched_getaffinity(0))} cores"),
+        ("GPU", ", ".join(gpus) or "none"),
+        ("commit", _commit()),
+        ("python", platform.python_version()),
+        *((name, _version(name)) for name in PACKAGES),
+    ]
+    return "<p>Processor, GPU, commit and versions are those of where this report was made.</p>" + _table(facts)
 
 
 def _commit() -> str:
+    if not (PROJECT / ".git").exists():  # an installed copy may lie inside someone else's checkout
+        return "not a checkout"
     try:
         options: dict[str, Any] = {"cwd": PROJECT, "capture_output": True, "text": True, "timeout": 10, "check": True}
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "not a checkout"
+        return "unknown: git does not answer"
     return commit + ("+dirty" if dirty else "")
 
 
@@ -210,137 +565,3 @@ def _cpu() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float]:
-    """Write RUN/report.html and RUN/report/*.png.
-
-    Args:
-        run: with a configuration; what else is missing is said in the report.
-        recipe: with the run's configuration.
-        split: whose evaluation is shown.
-
-    Returns:
-        the metrics of that evaluation; empty if there is none.
-    """
-    folder = run.path / "report"
-    folder.mkdir(exist_ok=True)
-    rows = list(read_lines(run.metrics))
-    train = [r for r in rows if r["kind"] == "train"]
-    valid = [r for r in rows if r["kind"] == "validation"]
-    refused, bad = list(read_lines(run.refused)), list(read_lines(run.quarantine))
-    evaluations = {}
-    for path in sorted((run.path / "evaluation").glob("*.json")):
-        evaluations[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-    state: dict[str, Any] = {}
-    try:
-        newest = checkpoint.newest(run.checkpoints)
-        state = newest.state if newest is not None else {}
-    except UserError as error:
-        state = {"problem": str(error)}
-    page = [f"<h1>{escape(run.path.name)}</h1>", _facts(recipe, split, evaluations, train, state)]
-
-    page.append("<h2>Curves</h2>")
-    page.append(
-        f"<figure>{picture(curves(train, valid, refused), folder / 'curves.png')}</figure>"
-        if train
-        else "<p>No step has been recorded yet.</p>"
-    )
-    page.append("<h2>Errors</h2>")
-    page.append(_errors(evaluations, valid))
-    page.append(f"<h2>Samples of {escape(split)}</h2>")
-    page.append(_samples(evaluations.get(split), recipe, split, folder))
-    page.append("<h2>What went wrong</h2>")
-    reasons: dict[str, int] = {}
-    for row in bad:
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-    page.append(_table(sorted(reasons.items()), ("bad sample", "count")) if reasons else "<p>No bad sample.</p>")
-    page.append(f"<p>{len(refused)} steps were refused because their gradient was not finite.</p>")
-    if "problem" in state:
-        page.append(f"<p>{escape(state['problem'])}</p>")
-    page.append("<h2>Configuration</h2>")
-    saved = configuration.flatten(configuration.plain(recipe.config))
-    usual = configuration.flatten(configuration.plain(recipe.config_class()(recipe=recipe.config.recipe)))
-    page.append(_table([(k, v) for k, v in saved.items() if usual.get(k) != v], ("differs from the defaults", "value")))
-    whole = configuration.dump_yaml(configuration.plain(recipe.config))
-    page.append(f"<details><summary>All of it</summary><pre>{escape(whole)}</pre></details>")
-    page.append("<h2>Versions and machine</h2>")
-    facts = [(name, _version(name)) for name in PACKAGES]
-    facts += [("python", platform.python_version()), ("commit", _commit()), ("processor", _cpu())]
-    facts += [("processes", state.get("world_size", "unknown")), ("ZeRO stage", state.get("zero_stage", "unknown"))]
-    page.append(_table(facts))
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    text = f"{head}<title>{escape(run.path.name)}</title><style>{STYLE}</style><body>{''.join(page)}</body></html>"
-    temporary = run.report.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(run.report)
-    metrics: dict[str, float] = evaluations.get(split, {}).get("metrics", {})
-    return metrics
-
-
-def _facts(
-    recipe: Recipe[Any], split: str, evaluations: dict[str, Any], train: list[dict[str, Any]], state: dict[str, Any]
-) -> str:
-    boxes = []
-    if split in evaluations:
-        value = evaluations[split]["metrics"][recipe.monitor]
-        boxes.append((f"{split} {recipe.monitor.upper()}", f"{100 * value:.2f} %", "head"))
-    else:
-        boxes.append((f"{split} is not evaluated", "./launch.sh evaluate RUN", ""))
-    if shapes := state.get("shapes"):
-        buffers = sum(len(s) == 0 for s in shapes.values())
-        count = sum(_product(s) for s in shapes.values()) - buffers
-        boxes.append(("numbers in the model", f"{count:,}", ""))
-    if train:
-        seconds = sum(r["step_seconds"] for r in train)
-        boxes.append(("steps", f"{train[-1]['step']:,}", ""))
-        boxes.append(("hours of sound trained on", f"{train[-1]['audio_hours']:.1f}", ""))
-        boxes.append(("minutes in steps", f"{seconds / 60:.1f}", ""))
-        boxes.append(("x real time", f"{3600 * statistics.median(r['audio_hours_per_second'] for r in train):.0f}", ""))
-    inside = "".join(f'<div class="{kind}"><b>{escape(v)}</b>{escape(k)}</div>' for k, v, kind in boxes)
-    return f"<div class=facts>{inside}</div>"
-
-
-def _product(shape: list[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
-
-
-def _errors(evaluations: dict[str, Any], valid: list[dict[str, Any]]) -> str:
-    sources = {name: e["metrics"] for name, e in evaluations.items()}
-    if valid:
-        sources.setdefault(f"validation at step {valid[-1]['step']}", valid[-1])
-    lines = []
-    for split, metrics in sources.items():
-        for name in metrics:
-            if f"{name}_insertions" in metrics:
-                kinds = ("", "_insertions", "_deletions", "_substitutions")
-                lines.append([split, name.upper(), *(f"{100 * metrics[name + kind]:.2f}" for kind in kinds)])
-    if not lines:
-        return "<p>Nothing has been validated or evaluated yet.</p>"
-    return _table(lines, ("split", "", "errors, %", "insertions", "deletions", "substitutions"))
-
-
-def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], split: str, folder: Path) -> str:
-    if evaluation is None or not evaluation["rows"]:
-        return f"<p>Run <code>./launch.sh evaluate RUN split={escape(split)}</code> to see them.</p>"
-    try:
-        dataset: Any = recipe.build_dataset(split)  # type: ignore[arg-type]
-    except UserError as error:
-        dataset, note = None, f"<p>Without sound: {escape(error)}</p>"
-    else:
-        note = ""
-    note += "<p class=aligned>In the aligned line: <del>missed</del>, <ins>added</ins>, <em>wanted&gt;got</em>.</p>"
-    rows = evaluation["rows"]
-    worst = rows[:SHOWN]
-    random = sorted(rows, key=lambda r: keyed.key("report", r["key"]))[:SHOWN]
-    parts = [note]
-    for title, chosen in (("The worst", worst), ("At random", random)):
-        parts.append(f"<h3>{title}</h3>")
-        for row in chosen:
-            media = None if dataset is None else _media(dataset, row["key"])
-            name = f"{title.split()[-1].lower()}-{chosen.index(row)}.png"
-            parts.append(_sample(row, media, folder / name))
-    return "".join(parts)
