@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["trainer.engine", "trainer.verbs.train", "recipes.speech", "deepspeed"]
+# torch imports torch._dynamo when the first optimizer is made: seconds in every forked rank.
+PRELOADED = ["trainer.engine", "trainer.verbs.train", "recipes.speech", "deepspeed", "torch._dynamo"]
 
 TINY = [
     "model.subsampling.layers=[{channels: 16, kernel: 3, stride: 2}, {channels: 16, kernel: 3, stride: 2}]",

@@ -29,6 +29,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from trainer import checkpoint, keyed
 from trainer import config as configuration
@@ -48,34 +49,41 @@ PACKAGES = ("ostinato", "torch", "torchaudio", "deepspeed", "webdataset", "wandb
 PARTS = ("insertions", "deletions", "substitutions")
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes too (Okabe & Ito)
 MAX_PICTURE_FRAMES = 600
-SOUNDS = (("MP3", "audio/mpeg"), ("OGG", "audio/ogg"), ("WAV", "audio/wav"))
+SOUNDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("MP3", "audio/mpeg", {"compression_level": 0.7, "bitrate_mode": "VARIABLE"}),
+    ("OGG", "audio/ogg", {}),
+    ("WAV", "audio/wav", {}),
+)
 """In order of preference: the smallest first; what this libsndfile cannot write falls to the next."""
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8882; --add: #b8860055; --miss: #0072b255; --swap: #d55e0055; }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { margin: 0; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-.facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
-.facts div { background: var(--soft); border-radius: .5rem; padding: .5rem .9rem; font-size: .9rem; }
-.facts b { display: block; font-size: 1.3rem; } .facts .head { flex-basis: 100%; } .facts .head b { font-size: 2.8rem; line-height: 1.2; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .8rem; }
-img { max-width: 100%; display: block; border-radius: .3rem; } .plot { width: 100%; background: white; }
-@media (prefers-color-scheme: dark) { .plot { filter: invert(.91) hue-rotate(180deg); } .plot.image { filter: none; } }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .95rem; }
-td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.sample { border-bottom: 1px solid var(--line); padding: .9rem 0; } .sample p { margin: 0 0 .4rem; }
-.sample audio { display: block; width: 100%; max-width: 26rem; height: 2.4rem; margin: .4rem 0; }
-.sample img { height: 5rem; min-width: min(100%, 12rem); margin: .4rem 0; }
-.aligned, .key { font: 15px/1.35 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-.aligned { margin: .5rem 0; }
-.aligned > span { display: inline-block; white-space: pre; margin-bottom: .5rem; vertical-align: top; }
-.aligned i, .aligned b { display: block; font-style: normal; font-weight: normal; min-height: 1.35em; } .aligned b { font-size: 15px; color: GrayText; }
-ins { background: var(--add); } del { background: var(--miss); text-decoration: line-through; }
-em { background: var(--swap); font-style: normal; } ins { text-decoration: underline; }
-pre { overflow-x: auto; background: var(--soft); padding: 1rem; border-radius: .5rem; font-size: .85rem; }
-summary { cursor: pointer; padding: .5rem 0; } small { color: GrayText; }
+:root { color-scheme: light dark; --line: #8885; --soft: #8882; --add: #b8860055; --miss: #0072b255; --swap: #d55e0055 }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
+h1 { margin: 0; line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
+.facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0 }
+.facts div { background: var(--soft); border-radius: .5rem; padding: .5rem .9rem; font-size: .9rem }
+.facts b { display: block; font-size: 1.3rem }
+.facts .head { flex-basis: 100% } .facts .head b { font-size: 2.8rem; line-height: 1.2 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .8rem }
+img { max-width: 100%; display: block; border-radius: .3rem } .plot { width: 100%; background: white }
+@media (prefers-color-scheme: dark) { .plot { filter: invert(.91) hue-rotate(180deg) } .plot.image { filter: none } }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .95rem }
+td, th { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line) }
+td { min-width: 3rem } th { overflow-wrap: normal }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.sample { border-bottom: 1px solid var(--line); padding: .9rem 0 } .sample p { margin: 0 0 .4rem }
+.sample audio { display: block; width: 100%; max-width: 26rem; height: 2.4rem; margin: .4rem 0 }
+.sample img { height: 5rem; min-width: min(100%, 12rem); margin: .4rem 0 }
+.aligned, .key { font: 15px/1.35 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace }
+.aligned { margin: .5rem 0 }
+.aligned > span { display: inline-block; white-space: pre; margin-bottom: .5rem; vertical-align: top }
+.aligned i, .aligned b { display: block; font-style: normal; font-weight: normal; min-height: 1.35em }
+.aligned b, small { color: GrayText }
+ins { background: var(--add) } del { background: var(--miss); text-decoration: underline dashed }
+em { background: var(--swap); font-style: normal }
+pre { overflow-x: auto; background: var(--soft); padding: 1rem; border-radius: .5rem; font-size: .85rem }
+summary { cursor: pointer; padding: .5rem 0 }
 """
 
 
@@ -94,8 +102,10 @@ def _inline(path: Path, kind: str, name: str) -> str:
 
 def picture(figure: Figure, path: Path, kind: str = "plot") -> str:
     """Save a figure beside the report and return it as an <img> that holds it."""
-    figure.savefig(path, dpi=130)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130)
     plt.close(figure)
+    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the bytes
     return _inline(path, kind, path.stem.replace("-", " "))
 
 
@@ -126,7 +136,8 @@ def _axes(ylabel: str) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axes.set(xlabel="step", ylabel=ylabel)
     axes.grid(alpha=0.25)
-    axes.spines[["right"]].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return figure, axes
 
 
@@ -192,10 +203,8 @@ def _scaled(image: NDArray[Any]) -> NDArray[np.float64]:
 
 def heat_map(image: NDArray[Any], path: Path) -> str:
     """A small picture without axes: (bands, frames), time to the right, low bands at the bottom."""
-    from PIL import Image
-
     stride = math.ceil(image.shape[1] / MAX_PICTURE_FRAMES)
-    levels = (_scaled(image[::-1, ::stride]) * 31).round().astype(np.uint8)  # few levels: a third of the bytes
+    levels = (_scaled(image[::-1, ::stride]) * 31).round().astype(np.uint8)  # few levels: fewer bytes
     pixels = Image.fromarray(levels, mode="P")
     colors = plt.get_cmap("magma")(np.linspace(0, 1, 32))[:, :3]
     pixels.putpalette((colors * 255).astype(np.uint8).tobytes())
@@ -221,10 +230,10 @@ def sound(media: Media) -> str:
     if media.audio is None:
         return ""
     samples = np.clip(np.nan_to_num(np.asarray(media.audio, dtype=np.float32)), -1, 1)
-    for kind, mime in SOUNDS:
+    for kind, mime, options in SOUNDS:
         buffer = io.BytesIO()
         try:
-            with soundfile.SoundFile(buffer, "w", media.sample_rate_hz, 1, format=kind) as file:
+            with soundfile.SoundFile(buffer, "w", media.sample_rate_hz, 1, format=kind, **options) as file:
                 for start in range(0, len(samples), 16000):  # one large block overflows the encoder's stack
                     file.write(samples[start : start + 16000])
         except (soundfile.SoundFileError, TypeError, ValueError):
