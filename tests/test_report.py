@@ -2,12 +2,17 @@
 
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import overrides
-from trainer import doctor, recipe, report
+from trainer import recipe, report
+from trainer.__main__ import main
+from trainer.data.dataset import Media
 from trainer.run import RunDirectory, append
 
 EVIL = "<script>alert(1)</script>"
@@ -51,53 +56,127 @@ def make_run(folder: Path, corpus: Path, finished: bool) -> tuple[RunDirectory, 
     return run, task
 
 
+class Tags(HTMLParser):
+    """Tags of a page as a browser sees them, and what they would load."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: dict[str, int] = {}
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.names[tag] = self.names.get(tag, 0) + 1
+        self.loads += [value or "" for name, value in attributes if name in ("src", "href", "data", "srcset")]
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
 def test_a_finished_run(corpus: Path, tmp_path: Path) -> None:
     run, task = make_run(tmp_path, corpus, finished=True)
     assert report.write(run, task, "test")["cer"] == 0.1
     text = run.report.read_text(encoding="utf-8")
+    tags = Tags(text)
     assert "10.00 %" in text
-    assert "<script" not in text
-    assert "&lt;script&gt;" in text
-    assert not re.search(r'(src|href)="(?!data:)|url\(|@import', text)  # nothing is loaded from anywhere
-    assert text.count("<audio") == text.count("data:audio/mpeg;base64,") > 3
-    assert (run.path / "report" / "curves.png").stat().st_size > 20_000
+    assert tags.names["html"] == 1
+    assert not tags.open
+    assert tags.names["audio"] == text.count("data:audio/mpeg;base64,") > 3
+    folder = run.path / "report"
+    for name in ("loss", "error-rates", "learning-rate", "gradient-norm", "throughput", "padding-and-waiting"):
+        image = np.asarray(Image.open(folder / f"{name}.png").convert("L"))
+        assert image.shape[1] > 600
+        assert image.std() > 5, "something is drawn"
+    assert (folder / "example.png").is_file()
+    assert (folder / "worst-00.png").stat().st_size > 500
+    for title in ("Curves", "Errors", "Samples of test", "Bad samples and refused steps", "Configuration", "Versions"):
+        assert f"<h2>{title}" in text
+    assert "1 refused" in text
 
 
-def test_a_run_that_has_only_begun_or_lost_its_data(corpus: Path, tmp_path: Path) -> None:
+def test_data_is_never_markup_and_nothing_is_loaded(corpus: Path, tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, corpus, finished=True)
+    evil_name = recipe.load("speech/tones", overrides(corpus, tmp_path, f"tracking.project={EVIL}", "name=run"))
+    path = run.path / "evaluation" / "test.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["rows"].append(
+        {"key": f'"{EVIL}', "errors": 9, "length": 1, "columns": {"reference": EVIL, EVIL: EVIL, "hypothesis": "<b>"}}
+    )
+    path.write_text(json.dumps(evaluation))
+    report.write(run, evil_name, "test")
+    text = run.report.read_text(encoding="utf-8")
+    tags = Tags(text)
+    assert "script" not in tags.names
+    assert text.count("&lt;script&gt;") > 3
+    assert tags.loads
+    assert all(load.startswith("data:") for load in tags.loads)
+    assert not re.search(r"url\(|@import|<link|<iframe|<meta http-equiv", text)
+    assert "no sound: KeyError" in text  # a key that the data do not hold costs only its own sound
+
+
+def test_a_run_that_has_only_begun(corpus: Path, tmp_path: Path) -> None:
     run, task = make_run(tmp_path, corpus, finished=False)
     assert report.write(run, task, "test") == {}
-    assert "not evaluated" in run.report.read_text()
-    finished, _ = make_run(tmp_path / "other", corpus, finished=True)
-    gone = recipe.load("speech/tones", overrides(tmp_path / "nowhere", tmp_path, "name=run"))
-    report.write(finished, gone, "test")
-    assert "Without sound" in finished.report.read_text()
+    text = run.report.read_text()
+    assert "is not evaluated yet" in text
+    assert "No step has been recorded" in text
+    assert "No bad sample" in text
+    row = {"kind": "train", "step": 1, "epoch": 0, "loss": None, "grad_norm": None, "lr": 1e-3, "step_seconds": 1.0}
+    append(run.metrics, [row])
+    report.write(run, task, "test")
+    assert (run.path / "report" / "loss.png").is_file()
+
+
+def test_an_evaluation_of_nothing(corpus: Path, tmp_path: Path) -> None:
+    run, task = make_run(tmp_path, corpus, finished=True)
+    path = run.path / "evaluation" / "test.json"
+    path.write_text(json.dumps({"split": "test", "step": 8, "metrics": {}, "rows": []}))
+    assert report.write(run, task, "test") == {}
+    assert "The evaluation holds no sample" in run.report.read_text()
+
+
+def test_lost_data_cost_only_the_sound(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run(tmp_path / "runs", corpus, finished=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "run", f"data.path={tmp_path / 'nowhere'}"]) == 0
+    text = run.report.read_text()
+    assert "Without sound and pictures" in text
+    assert "<audio" not in text
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "report: runs/run/report.html"
+    assert any(line.startswith("test: CER 10.00 %") for line in lines)
+    assert main(["report", "run", "split=tset"]) == 2
+
+
+def test_a_damaged_evaluation_is_explained(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run(tmp_path, corpus, finished=True)
+    (run.path / "evaluation" / "test.json").write_text("{")
+    assert main(["report", str(run.path)]) == 2
+    assert "test.json: is not what `evaluate` writes" in capsys.readouterr().err
 
 
 def test_an_alignment_shows_each_kind_of_error() -> None:
-    assert report.aligned("abcd", "axcde") == "a<em>b&gt;x</em>cd<ins>e</ins>"
-    assert report.aligned("ab", "b") == "<del>a</del>b"
+    assert report.aligned("abcd", "axcde") == (
+        "<span><i>a<em>b</em>cd·</i><i>a<em>x</em>cd<ins>e</ins></i><b> S  I</b></span>"
+    )
+    assert report.aligned("ab", "b") == "<span><i><del>a</del>b</i><i>·b</i><b>D</b></span>"
+    assert (
+        report.aligned("a b", "ab")
+        == "<span><i>a<del>_</del></i><i>a·</i><b> D</b></span><span><i>b</i><i>b</i><b></b></span>"
+    )
+    assert report.aligned("", "") == ""
+    assert report.aligned("x" * 50, "x" * 50).count("<span>") == 3  # a word that is too long for a phone is broken
 
 
-def test_doctor_counts_problems_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    lines: list[str] = []
-
-    def broken() -> str:
-        raise ImportError("nothing here")
-
-    quick = [c for c in doctor.CHECKS if c.name in ("audio", "kernels", "shared memory", "cores", "import names")]
-    assert doctor.run([doctor.Check("broken", broken), *quick], lines.append) == 1
-    assert lines[0] == "PROBLEM  broken: ImportError: nothing here"
-    assert all(line.startswith("ok") for line in lines[1:])
-
-
-def test_doctor_names_a_clash_of_import_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.metadata, "packages_distributions", lambda: {"kernels": ["ostinato", "kernels"]})
-    with pytest.raises(doctor.Problem, match="pip uninstall kernels"):
-        doctor.import_names()
-
-
-def test_doctor_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(doctor.Problem, match="set runs_dir=FOLDER"):
-        doctor.disk(blocked / "runs")
+def test_sound_falls_back_where_mp3_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    wave = np.sin(np.arange(8000) / 20).astype(np.float32)
+    assert "audio/mpeg" in report.sound(Media(wave, 16000))
+    assert "audio/ogg" in report.sound(Media(wave, 5000))  # a rate that MP3 does not have
+    assert report.sound(Media(None)) == ""

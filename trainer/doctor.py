@@ -1,24 +1,30 @@
-"""Checks of a machine: each says what is wrong and the cure. Nothing here reaches the network."""
+"""Checks of a machine: each says what is wrong and the cure. Nothing here reaches the network.
+
+Nothing but the standard library is imported before a check asks for it, so that a broken package is one line.
+"""
 
 import importlib
 import io
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from trainer.config import PROJECT
-
-PACKAGES = ("torch", "torchaudio", "deepspeed", "webdataset", "wandb", "soundfile", "pydantic", "kaldialign")
+PROJECT = Path(__file__).resolve().parent.parent  # as in trainer.config, which imports pydantic
+IMPORTS = {"pyyaml": "yaml"}  # where the name of a package is not that of its module
 OURS = ("kernels", "trainer", "recipes")
 MIN_SHARED_MEGABYTES = 64
 MIN_DISK_GIGABYTES = 1.0
+MIN_INODES = 1000
+FRESH_CURE = "mend what is named before, or start from a fresh environment: delete .venv, ./launch.sh doctor"
 
 
 class Problem(Exception):
@@ -33,20 +39,45 @@ class Check:
     ask: Callable[[], str]
 
 
+def requirements() -> dict[str, str]:
+    """Each package that the project needs and its oldest version, as pyproject.toml or the installation says."""
+    path = PROJECT / "pyproject.toml"
+    if path.is_file():
+        text = path.read_text(encoding="utf-8").partition("\ndependencies = [")[2].partition("]")[0]
+    else:
+        text = "\n".join(line for line in metadata.requires("ostinato") or [] if "extra ==" not in line)
+    return dict(re.findall(r"([A-Za-z][\w-]*)\s*>=\s*([\d.]+)", text))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.14.1+cpu -> (2, 14, 1)"""
+    return tuple(int(n) for n in re.findall(r"\d+", re.split(r"[+a-z]", version)[0]))
+
+
 def packages() -> str:
-    """Every dependency imports."""
-    found = []
+    """Every dependency imports, all in one process, and is new enough."""
+    found, wrong = [], []
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would warn that it found no other
-    for name in PACKAGES:
+    for name, oldest in requirements().items():
         try:
-            module = importlib.import_module(name)
+            importlib.import_module(IMPORTS.get(name, name))
+            version = metadata.version(name)
         except Exception as error:  # a broken binary package fails in any way it likes
-            raise Problem(
-                f"{name} does not import ({error}); install the pair that is known to work in a fresh environment: "
-                "torch==2.14.1 torchaudio==2.11.0"
-            ) from error
-        found.append(f"{name} {getattr(module, '__version__', '?')}")
+            cure = f"pip install --force-reinstall '{name}>={oldest}'"
+            if name in ("torch", "torchaudio", "deepspeed"):
+                cure = "install a pair that fits, e.g. torch==2.14.1 torchaudio==2.11.0, in a fresh environment"
+            wrong.append(f"{name} does not import ({type(error).__name__}: {_first_line(error)}): {cure}")
+            continue
+        if _numbers(version) < _numbers(oldest):
+            wrong.append(f"{name} {version} is older than {oldest}: pip install '{name}>={oldest}'")
+        found.append(f"{name} {version}")
+    if wrong:
+        raise Problem("; ".join(wrong))
     return f"Python {platform.python_version()}, " + ", ".join(found)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def audio() -> str:
@@ -76,6 +107,7 @@ from trainer.distributed import Trained, ZeroConfig
 ranks = distributed.start(timeout_seconds=60)
 total = distributed.sum_over_ranks(torch.tensor([ranks.rank + 1.0]))
 assert float(total) == 3.0, total
+print("met", flush=True)
 for stage in (0, 1):
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 1)
@@ -86,6 +118,18 @@ for stage in (0, 1):
     assert not torch.equal(before, trained.full("weight")["weight"])
 distributed.stop()
 """
+
+
+NETWORK_CURE = (
+    "is the loopback interface up (`ip link set lo up`), and may processes of this machine connect to each other?"
+)
+
+
+def _reason(text: str) -> str:
+    """The line of a traceback that names the error; what a dying process prints after it says nothing."""
+    lines = [line.strip() for line in text.strip().splitlines()] or ["no message"]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (named or lines)[-1][:300]
 
 
 def process_group() -> str:
@@ -103,50 +147,77 @@ def process_group() -> str:
             subprocess.Popen(
                 [sys.executable, "-c", GROUP],
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
             )
             for rank in range(2)
         ]
         try:
-            errors = [rank.communicate(timeout=90)[1].decode(errors="replace") for rank in ranks]
+            outputs = [rank.communicate(timeout=90) for rank in ranks]
         except subprocess.TimeoutExpired as error:
-            raise Problem(
-                "two processes did not finish in 90 s; does the loopback interface `lo` exist and is it up?"
-            ) from error
+            raise Problem(f"two processes did not finish in 90 s; {NETWORK_CURE}") from error
         finally:
             for rank in ranks:
                 if rank.poll() is None:
                     rank.kill()
                     rank.wait()
-    for rank, text in zip(ranks, errors, strict=True):
-        if rank.returncode:
-            last = text.strip().splitlines()[-1:] or ["no message"]
-            raise Problem(f"two processes could not train together: {last[0]}; reinstall deepspeed and torch")
+    if any(rank.returncode for rank in ranks):
+        met = all("met" in out for out, _ in outputs)
+        reasons = dict.fromkeys(
+            _reason(text) for rank, (_, text) in zip(ranks, outputs, strict=True) if rank.returncode
+        )
+        cure = "reinstall deepspeed: pip install --force-reinstall 'deepspeed>=0.19'" if met else NETWORK_CURE
+        what = "DeepSpeed cannot take a step" if met else "two processes do not meet"
+        raise Problem(f"{what} ({'; '.join(reasons)}); {cure}")
     return "two processes meet over gloo; DeepSpeed steps at ZeRO 0 and 1"
 
 
-def disk(folder: Path = Path("runs")) -> str:
-    """A run directory can be written, and there is room."""
+RUNS = Path("runs")
+
+
+@contextmanager
+def _scratch(runs: Path) -> Iterator[Path]:
+    """A folder inside `runs` that is gone afterwards, as is `runs` if it was not there before.
+
+    Raises:
+        Problem: it cannot be made.
+    """
+    new = not runs.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=runs, prefix=".doctor-") as name:
+            yield Path(name)
+    except OSError as error:
+        raise Problem(
+            f"{runs}/ cannot be written ({error.strerror or error}); set runs_dir=FOLDER on a disk you may write"
+        ) from error
+    finally:
+        if new and runs.is_dir() and not any(runs.iterdir()):
+            runs.rmdir()
+
+
+def disk(folder: Path = RUNS) -> str:
+    """A run directory can be written, and there is room."""
+    with _scratch(folder) as scratch:
+        with (scratch / "file").open("wb") as file:
             file.write(b"\0" * 2**20)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+        free = shutil.disk_usage(folder).free / 2**30
+        system = os.statvfs(folder)
+    if free < MIN_DISK_GIGABYTES:
+        raise Problem(f"{folder}/ has {free:.2f} GiB left; free some or set runs_dir=FOLDER on another disk")
+    if system.f_files and system.f_favail < MIN_INODES:  # some file systems do not count them
         raise Problem(
-            f"{folder}/ cannot be written ({error.strerror}); set runs_dir=FOLDER on a disk you may write"
-        ) from error
-    free = shutil.disk_usage(folder).free / 2**30
-    inodes = os.statvfs(folder).f_favail
-    if free < MIN_DISK_GIGABYTES or (inodes and inodes < 1000):
-        raise Problem(f"{folder}/ has {free:.1f} GiB and {inodes} inodes left; free some or set runs_dir=FOLDER")
-    return f"{folder}/ is writable, {free:.0f} GiB free"
+            f"{folder}/ has room for {system.f_favail} more files (inodes); delete some or set runs_dir=FOLDER"
+        )
+    return f"{folder}/ is writable, {free:,.0f} GiB free" + (f", {system.f_favail:,} inodes" if system.f_files else "")
 
 
-def checkpoint() -> str:
-    """A checkpoint is written, verified and read back."""
+def checkpoint(folder: Path = RUNS) -> str:
+    """A checkpoint is written into runs/, verified and read back."""
     import torch
 
     from trainer import checkpoint as checkpoints
@@ -155,18 +226,17 @@ def checkpoint() -> str:
 
     distributed.start()
     try:
-        with tempfile.TemporaryDirectory() as name:
-            folder, values = Path(name), torch.arange(6.0)
+        with _scratch(folder) as scratch:
+            values = torch.arange(6.0)
             state = {"shapes": {"a": [6]}, "best": {}}
-            checkpoints.save(folder, checkpoints.CheckpointConfig(), 1, [Slice("a", "weight", 0, values)], state)
-            found = checkpoints.newest(folder)
+            slices = [Slice("a", "weight", 0, values)]
+            written = checkpoints.save(scratch, checkpoints.CheckpointConfig(), 1, slices, state)
+            found = checkpoints.newest(scratch) if written else None
             if found is None or not torch.equal(found.weights()["a"], values):
-                raise Problem(
-                    "a checkpoint that was written does not read back; check the disk of the temporary folder"
-                )
+                raise Problem(f"a checkpoint in {folder}/ does not read back; check that disk or set runs_dir=FOLDER")
     finally:
         distributed.stop()
-    return "a checkpoint is written, verified and read back"
+    return f"one is written into {folder}/, verified and read back"
 
 
 def shared_memory() -> str:
@@ -191,47 +261,64 @@ def tracking() -> str:
     """W&B is optional: offline without a key."""
     from trainer.tracking import has_key
 
-    return "W&B: a key is at hand, runs go online" if has_key() else "W&B: no key, runs stay offline (`wandb login`)"
+    return "W&B has a key, runs go online" if has_key() else "W&B has no key, runs stay offline (`wandb login`)"
 
 
-def cores() -> str:
-    """Processors this process may use."""
+def cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:
+    """Processors this process may use, and whether the threads fit on them."""
     usable = len(os.sched_getaffinity(0))
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads and threads.isdigit() and int(threads) > usable:
-        raise Problem(
-            f"OMP_NUM_THREADS={threads} but {usable} cores may be used: threads would wait for each other; unset it"
-        )
-    quota = ""
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    if limit.is_file():
-        amount, _, period = limit.read_text(encoding="utf-8").partition(" ")
+    allowed, said = float(usable), f"{usable} cores"
+    if quota_file.is_file():
+        amount, _, period = quota_file.read_text(encoding="utf-8").partition(" ")
         if amount.isdigit() and int(amount) / int(period) < usable:
-            quota = f", cgroup allows {int(amount) / int(period):.1f} of them"
-    return f"{usable} cores{quota}, OMP_NUM_THREADS {threads or 'not set'}"
+            allowed = int(amount) / int(period)
+            said += f", of which the container's quota allows {allowed:.1f}"
+    fitting = max(1, int(allowed))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is not None and (not threads.isdigit() or int(threads) > fitting):
+        raise Problem(
+            f"OMP_NUM_THREADS={threads}, but {said}: threads would wait for each other; "
+            f"unset it or set OMP_NUM_THREADS={fitting}"
+        )
+    if threads is None and allowed < usable:
+        return f"{said}; OMP_NUM_THREADS is not set: {fitting} would fit"
+    return f"{said}, OMP_NUM_THREADS {threads or 'not set'}"
 
 
 def gpus() -> str:
-    """GPUs are optional."""
+    """GPUs are optional, but one that is there should be seen."""
     import torch
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return "GPUs: " + (", ".join(names) or "none, training runs on the CPU")
+    if not names and Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") is None:
+        built = torch.version.cuda
+        raise Problem(
+            "there is an NVIDIA GPU that torch does not see; "
+            + (
+                f"the driver must fit CUDA {built}"
+                if built
+                else "this torch is built for the CPU: install a CUDA build"
+            )
+        )
+    return ", ".join(names) or "none, training runs on the CPU"
 
 
 def import_names() -> str:
     """`kernels`, `trainer` and `recipes` are also the names of other packages on the index."""
     owners = metadata.packages_distributions()
+    wrong = []
     for name in OURS:
         strangers = sorted({d for d in owners.get(name, []) if d.lower() != "ostinato"})
-        if strangers:
-            raise Problem(
-                f"the package {strangers[0]} also installs `{name}`; pip uninstall {strangers[0]}, or use an "
-                "environment of its own (./launch.sh makes one in .venv)"
+        for stranger in strangers:
+            wrong.append(
+                f"the package {stranger} also installs `{name}`; pip uninstall {stranger}, or use an environment of "
+                "its own (./launch.sh makes one in .venv)"
             )
         origin = getattr(importlib.import_module(name), "__file__", None)
         if origin is None or PROJECT not in Path(origin).resolve().parents:
-            raise Problem(f"`import {name}` finds {origin}, not this project; start through ./launch.sh")
+            wrong.append(f"`import {name}` finds {origin}, not this project; start through ./launch.sh")
+    if wrong:
+        raise Problem("; ".join(wrong))
     return f"{', '.join(OURS)} are this project's"
 
 
@@ -271,6 +358,8 @@ def run(checks: Iterable[Check], say: Callable[[str], None]) -> int:
             say(f"ok       {check.name}: {check.ask()}")
         except Exception as error:  # a broken environment breaks in any way; the other checks still run
             problems += 1
-            text = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+            text = str(error)
+            if not isinstance(error, Problem):
+                text = f"{type(error).__name__}: {_first_line(error)}; {FRESH_CURE}"
             say(f"PROBLEM  {check.name}: {text}")
     return problems

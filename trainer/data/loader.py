@@ -43,7 +43,12 @@ class _MicroBatches(TorchDataset[Batch]):
 
     def __getitem__(self, i: int) -> Batch:
         micro_batch = self.wanted[i]
-        return self.dataset.dummy() if micro_batch is None else self.dataset.load(micro_batch)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # resampling rounds differently on more: the ledger must not depend on it
+        try:
+            return self.dataset.dummy() if micro_batch is None else self.dataset.load(micro_batch)
+        finally:
+            torch.set_num_threads(threads)
 
 
 class Loader:
