@@ -70,7 +70,7 @@ img { max-width: 100%; display: block; border-radius: .3rem } .plot { width: 100
 @media (prefers-color-scheme: dark) { .plot { filter: invert(.91) hue-rotate(180deg) } .plot.image { filter: none } }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .95rem }
 td, th { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line) }
-th, td:first-child { overflow-wrap: break-word; min-width: 7rem } td + th, th + th { min-width: 0 }
+th, td { overflow-wrap: break-word; min-width: 4rem } td:first-child { min-width: 7rem }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .sample { border-bottom: 1px solid var(--line); padding: .9rem 0 } .sample p { margin: 0 0 .4rem }
 .sample audio { display: block; width: 100%; max-width: 26rem; height: 2.4rem; margin: .4rem 0 }
