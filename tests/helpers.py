@@ -9,8 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# torch imports torch._dynamo when the first optimizer is made: seconds in every forked rank.
-PRELOADED = ["trainer.engine", "trainer.verbs.train", "recipes.speech", "deepspeed", "torch._dynamo"]
+PRELOADED = [
+    "trainer.engine",
+    "trainer.verbs.train",
+    "recipes.speech",
+    # What torch and DeepSpeed import when the first optimizer is made: seconds in every forked rank.
+    "torch._dynamo",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 TINY = [
     "model.subsampling.layers=[{channels: 16, kernel: 3, stride: 2}, {channels: 16, kernel: 3, stride: 2}]",

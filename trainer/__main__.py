@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import os
 import pkgutil
 import sys
 
 from trainer import verbs
 from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, RequeueError, UserError
+from trainer.launch import die_with_spawner, tell
 
 
 def main(arguments: list[str]) -> int:
@@ -38,8 +38,7 @@ def main(arguments: list[str]) -> int:
         code: int = module.main(parser.parse_args(rest))
         return code
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks come to the same conclusion: say it once
-            print(error, file=sys.stderr)
+        tell(str(error))
         return EXIT_USER_MISTAKE
     except RequeueError:
         return EXIT_REQUEUE
@@ -70,7 +69,5 @@ def _first_line(path: str) -> str:
 
 
 if __name__ == "__main__":
-    from trainer.launch import die_with_spawner
-
     die_with_spawner()
     sys.exit(main(sys.argv[1:]))

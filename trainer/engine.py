@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer import checkpoint as checkpoints
 from trainer import config as configuration
-from trainer import distributed, keyed
+from trainer import distributed, keyed, machine
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Batch, Dataset
 from trainer.data.loader import Loader
@@ -166,7 +166,6 @@ class Training:
         model.to(ranks.device)
         self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
-        self.run_id = distributed.from_first(f"{keyed.key(config.name, time.time_ns()):016x}"[-8:])
         if found is not None:
             self._restore(found)
         else:
@@ -175,13 +174,13 @@ class Training:
                 raise UserError(f"{config.name}: the training split holds no usable sample: {self._rejected()}")
             self.position.total_steps = config.max_steps or len(first) * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
+        self.machine = machine.describe()
         self.signals = StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)
         self.tracker = Tracker(
             config.tracking,
             self.run.path,
             config.name,
-            self.run_id,
             configuration.plain(config),
             self.position.total_steps,
             active=ranks.first,
@@ -223,7 +222,6 @@ class Training:
         self.position = Position(**state["position"])
         self.plateau.restore(state["plateau"])
         self.best = {int(step): value for step, value in state["best"].items()}
-        self.run_id = state["run_id"]
         log.info("resumed from %s", found.folder)
 
     # The loop
@@ -476,11 +474,11 @@ class Training:
             "position": dict(self.position.__dict__),
             "plateau": self.plateau.state(),
             "best": {str(step): value for step, value in self.best.items()},
-            "run_id": self.run_id,
             "scalars": self.trained.scalars(),
             "shapes": {name: list(t.shape) for name, t in self.trained.module.state_dict().items()},
             "world_size": self.ranks.world_size,
             "zero_stage": self.config.zero.stage,
+            "machine": self.machine,
             "config": configuration.plain(self.config),
         }
         checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, self.trained.slices(), state)

@@ -1,7 +1,9 @@
 """The spawner: starts the ranks of one host, passes signals on, and returns their exit code.
 
 DeepSpeed's own front end passes no signals on and leaves orphans behind. Each rank here dies with the spawner (the
-kernel sees to it), the first one that fails ends the others, and its exit code is returned.
+kernel sees to it), the first one that fails ends the others, and its exit code is returned. A mistake of the user is
+noticed by the ranks, mostly by all of them, and told once: they leave their messages to the spawner, which knows
+nothing of torch and therefore starts them at once.
 
 Several hosts: the same command on each with `--hosts FILE --node K`, where FILE has a line `HOST slots=N` a host and K
 is the line's number from 0; the first host is where the ranks meet.
@@ -9,6 +11,7 @@ is the line's number from 0; the first host is where the ranks meet.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +20,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.errors import UserError
+from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, UserError
 
 GRACE_SECONDS = 30.0
 """Time that ranks have to save after SIGTERM before they are killed."""
 AFTER_FAILURE_SECONDS = 5.0
 """Time that the others have to end after one rank failed."""
 STORE = "OSTINATO_STORE"
+MESSAGES = "OSTINATO_MESSAGES"
 PORT = 29400
 
 
@@ -77,12 +81,11 @@ def run(arguments: list[str], nproc: int, hosts: list[Host] | None = None, node:
     Returns:
         the exit code: 0 if all ended well, else that of the first that did not; 128 + n for a signal n.
     """
-    store = None
-    environment = dict(os.environ)
+    folder = Path(tempfile.mkdtemp(prefix="ostinato-"))
+    environment = os.environ | {MESSAGES: str(folder)}
     if hosts is None:
         # A file is enough to meet on one host: no port to choose, nothing that listens.
-        store = Path(tempfile.mkdtemp(prefix="ostinato-")) / "store"
-        environment[STORE] = str(store)
+        environment[STORE] = str(folder / "store")
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         first_rank, world_size = 0, nproc
     else:
@@ -113,7 +116,10 @@ def run(arguments: list[str], nproc: int, hosts: list[Host] | None = None, node:
                     start_new_session=True,  # so Ctrl-C reaches a rank once, through us
                 )
             )
-        return _wait(ranks)
+        code = _wait(ranks)
+        for message in dict.fromkeys(p.read_text(encoding="utf-8") for p in sorted(folder.glob("message-*"))):
+            print(message, file=sys.stderr)
+        return code
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -121,9 +127,7 @@ def run(arguments: list[str], nproc: int, hosts: list[Host] | None = None, node:
             rank.wait()
         for number, handler in old.items():
             signal.signal(number, handler)
-        if store is not None:
-            store.unlink(missing_ok=True)
-            store.parent.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
@@ -135,9 +139,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         failed = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
         if failed and not code:
             code = failed[0]
-            seconds = GRACE_SECONDS if code == 75 else AFTER_FAILURE_SECONDS
-            deadline = time.monotonic() + seconds
-            if code != 75:
+            deadline = time.monotonic() + (GRACE_SECONDS if code == EXIT_REQUEUE else AFTER_FAILURE_SECONDS)
+            if code not in (EXIT_REQUEUE, EXIT_USER_MISTAKE):  # these two are mostly everybody's
                 for rank in running:
                     rank.send_signal(signal.SIGTERM)
         if not running:
@@ -146,6 +149,15 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
             for rank in running:
                 rank.kill()
         time.sleep(0.05)
+
+
+def tell(message: str) -> None:
+    """Say what the user did wrong; a rank leaves that to its spawner, which says it once."""
+    folder, rank = os.environ.get(MESSAGES), int(os.environ.get("RANK", "0"))
+    if folder and Path(folder).is_dir():
+        (Path(folder) / f"message-{rank:05d}").write_text(message, encoding="utf-8")
+    else:
+        print(f"rank {rank}: {message}" if rank else message, file=sys.stderr)
 
 
 def die_with_spawner() -> None:

@@ -1,7 +1,8 @@
 """Metrics as (sum, count) pairs, so that they add over micro-batches and ranks, and error rates by alignment."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import kaldialign
 from torch import Tensor
@@ -31,6 +32,9 @@ class Loss:
     weight: float = 1.0
 
 
+PARTS = ("insertions", "deletions", "substitutions")
+
+
 class Edits(NamedTuple):
     """Errors of a hypothesis against its reference (Levenshtein alignment)."""
 
@@ -46,12 +50,17 @@ class Edits(NamedTuple):
 
     def metrics(self, name: str) -> dict[str, Mean]:
         """As metrics: NAME, the error rate, and its three parts."""
+        parts = zip(PARTS, (self.insertions, self.deletions, self.substitutions), strict=True)
         return {
             name: Mean(self.total, self.length),
-            f"{name}_insertions": Mean(self.insertions, self.length),
-            f"{name}_deletions": Mean(self.deletions, self.length),
-            f"{name}_substitutions": Mean(self.substitutions, self.length),
+            **{f"{name}_{part}": Mean(errors, self.length) for part, errors in parts},
         }
+
+
+def error_rates(metrics: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """The metrics that are error rates, those that come with their three parts: (rate, ins, del, sub) by name."""
+    names = {name: (name, *(f"{name}_{part}" for part in PARTS)) for name in metrics}
+    return {n: tuple(metrics[x] for x in all_four) for n, all_four in names.items() if set(all_four) <= metrics.keys()}
 
 
 def edits(reference: list[str], hypothesis: list[str]) -> Edits:
@@ -60,13 +69,9 @@ def edits(reference: list[str], hypothesis: list[str]) -> Edits:
     return Edits(counts["ins"], counts["del"], counts["sub"], len(reference))
 
 
-GAP = "\u2423"
-"""Stands where one side of an alignment has nothing."""
-
-
 def align(reference: list[str], hypothesis: list[str]) -> list[tuple[str, str]]:
-    """Pairs of aligned tokens; `GAP` where one side has none."""
-    return [(a, b) for a, b in kaldialign.align(reference, hypothesis, GAP)]
+    """Pairs of aligned tokens; an empty string where one side has none."""
+    return [(a, b) for a, b in kaldialign.align(reference, hypothesis, "")]
 
 
 def add(totals: dict[str, Mean], more: dict[str, Mean]) -> None:

@@ -8,47 +8,29 @@ import base64
 import html
 import io
 import json
-import math
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import soundfile
-import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 
-from trainer import checkpoint, keyed
+from trainer import checkpoint, keyed, machine
 from trainer import config as configuration
-from trainer.config import PROJECT, show
+from trainer.config import show
 from trainer.data.dataset import Media
 from trainer.distributed import WEIGHT
 from trainer.errors import UserError
-from trainer.metrics import GAP, align
+from trainer.metrics import PARTS, align, error_rates
+from trainer.plots import Rows, curves, heat_map, large_heat_map, picture, series
 from trainer.recipe import Recipe
 from trainer.run import RunDirectory, read_lines
 
-Rows = list[dict[str, Any]]
-
 SHOWN = 10
 """Rows in each of the two tables of samples."""
-PACKAGES = ("ostinato", "torch", "torchaudio", "deepspeed", "webdataset", "wandb", "numpy", "pydantic")
-PARTS = ("insertions", "deletions", "substitutions")
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes too (Okabe & Ito)
-MAX_PICTURE_FRAMES = 600
 SOUNDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("MP3", "audio/mpeg", {"compression_level": 0.7, "bitrate_mode": "VARIABLE"}),
     ("OGG", "audio/ogg", {}),
@@ -90,136 +72,6 @@ summary { cursor: pointer; padding: .5rem 0 }
 def escape(value: object) -> str:
     """Text as HTML that shows it, also inside a quoted attribute."""
     return html.escape(str(value), quote=True)
-
-
-# Pictures
-
-
-def _inline(path: Path, kind: str, name: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img class="{kind}" alt="{escape(name)}" src="data:image/png;base64,{data}">'
-
-
-def picture(figure: Figure, path: Path, kind: str = "plot") -> str:
-    """Save a figure beside the report and return it as an <img> that holds it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the bytes
-    return _inline(path, kind, path.stem.replace("-", " "))
-
-
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean over the last `width` values."""
-    return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
-
-
-def _series(rows: Rows, name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
-    kept = [(row["step"], row[name] * factor) for row in rows if row.get(name) is not None]
-    return [s for s, _ in kept], [v for _, v in kept]
-
-
-def _curve(axes: Axes, rows: Rows, name: str, label: str, color: str, factor: float = 1.0) -> None:
-    """Raw values faintly, their running mean over them."""
-    steps, values = _series(rows, name, factor)
-    if values:
-        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth(values, max(1, len(values) // 40)), color=color, label=label)
-
-
-def rates(metrics: dict[str, Any]) -> list[str]:
-    """Names of the metrics that are error rates: those that come with their three parts."""
-    return [name for name in metrics if all(f"{name}_{part}" in metrics for part in PARTS)]
-
-
-def _axes(ylabel: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.set(xlabel="step", ylabel=ylabel)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    return figure, axes
-
-
-def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
-    """Pictures over optimizer steps, by name; one that would be empty is left out."""
-    figures: dict[str, Figure] = {}
-    figures["loss"], axes = _axes("loss")
-    _curve(axes, train, "loss", "training, smoothed", BLUE)
-    axes.plot(*_series(valid, "loss"), "o-", color=ORANGE, label="validation", markersize=4)
-    # The first steps may be far above the rest, which is what one wants to see.
-    settled = [*_series(train, "loss")[1][len(train) // 20 :], *_series(valid, "loss")[1]]
-    if settled and max(settled) > min(settled):
-        margin = 0.05 * (max(settled) - min(settled))
-        axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    hours = dict(zip(*_series(train, "audio_hours"), strict=True))
-    if len(hours) > 1:
-        top = axes.twiny()
-        top.set_xlim(axes.get_xlim())
-        ticks = [list(hours)[round(i * (len(hours) - 1) / 4)] for i in range(5)]
-        top.set_xticks(ticks, [f"{hours[t]:.3g}" for t in ticks], fontsize=8)
-        top.set_xlabel("hours of audio", fontsize=9)
-        top.spines[["right"]].set_visible(False)
-
-    measured = list(dict.fromkeys(name for row in valid for name in rates(row)))
-    if measured:
-        figures["error-rates"], axes = _axes("errors in validation, %")
-        for name, color, marker in zip(measured, (ORANGE, BLUE, GREEN), "os^", strict=False):
-            axes.plot(*_series(valid, name, 100), marker + "-", color=color, label=name.upper(), markersize=4)
-        axes.set_ylim(0, None)
-
-    figures["learning-rate"], axes = _axes("learning rate")
-    axes.plot(*_series(train, "lr"), color=BLUE)
-    axes.set_ylim(0, None)
-
-    figures["gradient-norm"], axes = _axes("gradient norm before clipping")
-    _curve(axes, train, "grad_norm", "gradient norm, smoothed", BLUE)
-    if any(value > 0 for value in _series(train, "grad_norm")[1]):
-        axes.set_yscale("log")
-    for i, row in enumerate(refused):
-        axes.axvline(row["step"], color=ORANGE, linestyle=":", label=None if i else "refused step")
-
-    figures["throughput"], axes = _axes("hours of audio an hour (x real time)")
-    _curve(axes, train, "audio_hours_per_second", "throughput, smoothed", BLUE, 3600)
-    axes.set_ylim(0, None)
-
-    figures["padding-and-waiting"], axes = _axes("%")
-    _curve(axes, train, "padding_percent", "padding, % of what is computed", GREEN)
-    _curve(axes, train, "data_wait_percent", "waiting for data, % of the time", ORANGE)
-    axes.set_ylim(0, None)
-    for figure in figures.values():
-        axes = figure.axes[0]
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, frameon=False)
-    return figures
-
-
-def _scaled(image: NDArray[Any]) -> NDArray[np.float64]:
-    """Values to [0, 1], the brightest and darkest hundredth cut off."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    low, high = np.percentile(values, [1, 99])
-    return np.clip((values - low) / max(high - low, 1e-9), 0, 1)
-
-
-def heat_map(image: NDArray[Any], path: Path) -> str:
-    """A small picture without axes: (bands, frames), time to the right, low bands at the bottom."""
-    stride = math.ceil(image.shape[1] / MAX_PICTURE_FRAMES)
-    levels = (_scaled(image[::-1, ::stride]) * 31).round().astype(np.uint8)  # few levels: fewer bytes
-    pixels = Image.fromarray(levels, mode="P")
-    colors = plt.get_cmap("magma")(np.linspace(0, 1, 32))[:, :3]
-    pixels.putpalette((colors * 255).astype(np.uint8).tobytes())
-    pixels.save(path, optimize=True)
-    return _inline(path, "image", path.stem.replace("-", " "))
-
-
-def large_heat_map(media: Media, image: NDArray[Any]) -> Figure:
-    """The same with axes, in seconds where the length of the sound is known."""
-    figure, axes = plt.subplots(figsize=(10, 3), layout="constrained")
-    seconds = None if media.audio is None else len(media.audio) / media.sample_rate_hz
-    extent = (0, seconds or image.shape[1], 0, image.shape[0])
-    axes.imshow(_scaled(image), origin="lower", aspect="auto", cmap="magma", extent=extent)
-    axes.set(xlabel="frames" if seconds is None else "seconds", ylabel="band")
-    return figure
 
 
 # Sound and text
@@ -264,10 +116,10 @@ def _chunk(pairs: Iterable[tuple[str, str]]) -> str:
             above, below, marks = above + escape(wanted), below + escape(got), marks + " "
             continue
         # A space that is wrong must be seen.
-        a, b = (escape({GAP: "·", " ": "_"}.get(x, x)) for x in (wanted, got))
-        mark, tag = ("I", "ins") if wanted == GAP else ("D", "del") if got == GAP else ("S", "em")
-        above += a if wanted == GAP else f"<{tag}>{a}</{tag}>"
-        below += b if got == GAP else f"<{tag}>{b}</{tag}>"
+        a, b = (escape({"": "·", " ": "_"}.get(x, x)) for x in (wanted, got))
+        mark, tag = ("I", "ins") if not wanted else ("D", "del") if not got else ("S", "em")
+        above += a if not wanted else f"<{tag}>{a}</{tag}>"
+        below += b if not got else f"<{tag}>{b}</{tag}>"
         marks += mark
     return f"<i>{above}</i><i>{below}</i><b>{marks.rstrip()}</b>"
 
@@ -386,7 +238,7 @@ def _facts(
     boxes = []
     metrics, monitor = evaluations.get(split, {}).get("metrics", {}), recipe.monitor
     if metrics.get(monitor) is not None:
-        value = f"{100 * metrics[monitor]:.2f} %" if monitor in rates(metrics) else f"{metrics[monitor]:.4g}"
+        value = f"{100 * metrics[monitor]:.2f} %" if monitor in error_rates(metrics) else f"{metrics[monitor]:.4g}"
         boxes.append((f"{monitor.upper()} on {split}, step {evaluations[split].get('step', '?')}", value))
     lead = "".join(f"<div class=head><b>{escape(v)}</b>{escape(k)}</div>" for k, v in boxes)
     if not lead:
@@ -404,7 +256,7 @@ def _facts(
         # The checkpoint's clock counts every step, but not those since it was written.
         seconds = max(position.get("train_seconds", 0.0), sum(r.get("step_seconds") or 0.0 for r in train))
         boxes.append(("in training steps", _duration(seconds)))
-        hours, speeds = last.get("audio_hours"), _series(train, "audio_hours_per_second", 3600)[1]
+        hours, speeds = last.get("audio_hours"), series(train, "audio_hours_per_second", 3600)[1]
         if hours:
             boxes.append(("of audio trained on", f"{hours:.3g} h"))
         if any(speeds):
@@ -433,12 +285,11 @@ def _errors(evaluations: dict[str, dict[str, Any]], valid: Rows) -> str:
         sources[f"last validation, step {valid[-1]['step']}"] = valid[-1]
     lines = []
     for title, metrics in sources.items():
-        for name in rates(metrics):
-            values = [metrics[name], *(metrics[f"{name}_{part}"] for part in PARTS)]
+        for name, values in error_rates(metrics).items():
             lines.append([title, name.upper(), *("" if v is None else f"{100 * v:.2f}" for v in values)])
     if not lines:
         return "<p>Nothing has been validated or evaluated yet.</p>"
-    return _table(lines, ("split", "", "errors, %", "inserted, %", "deleted, %", "substituted, %"), numbers=4)
+    return _table(lines, ("split", "", "errors, %", *(f"{part}, %" for part in PARTS)), numbers=4)
 
 
 def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, split: str, folder: Path) -> str:
@@ -458,7 +309,8 @@ def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, s
     example = media.get(random[0]["key"])
     if isinstance(example, Media) and example.image is not None:
         parts.append(f"<p>What the model sees of <span class=key>{escape(random[0]['key'])}</span>:</p>")
-        parts.append(picture(large_heat_map(example, example.image), folder / "example.png", "plot image"))
+        seconds = None if example.audio is None else len(example.audio) / example.sample_rate_hz
+        parts.append(picture(large_heat_map(example.image, seconds), folder / "example.png", "plot image"))
     if "reference" in rows[0]["columns"] and "hypothesis" in rows[0]["columns"]:
         parts.append(LEGEND)
     for title, chosen in ((f"The {len(worst)} worst", worst), (f"{len(random)} at random", random)):
@@ -536,41 +388,13 @@ def _configuration(recipe: Recipe[Any]) -> str:
 
 
 def _machine(state: dict[str, Any]) -> str:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    absent = "unknown: no checkpoint yet"
     facts = [
-        ("processes in training", state.get("world_size", "unknown: no checkpoint yet")),
-        ("ZeRO stage", state.get("zero_stage", "unknown: no checkpoint yet")),
-        ("processor", f"{_cpu()}, {len(os.sched_getaffinity(0))} cores"),
-        ("GPU", ", ".join(gpus) or "none"),
-        ("commit", _commit()),
-        ("python", platform.python_version()),
-        *((name, _version(name)) for name in PACKAGES),
+        ("processes in training", state.get("world_size", absent)),
+        ("ZeRO stage", state.get("zero_stage", absent)),
+        *state.get("machine", {}).items(),
     ]
-    return "<p>Processor, GPU, commit and versions are those of where this report was made.</p>" + _table(facts)
-
-
-def _commit() -> str:
-    if not (PROJECT / ".git").exists():  # an installed copy may lie inside someone else's checkout
-        return "not a checkout"
-    try:
-        options: dict[str, Any] = {"cwd": PROJECT, "capture_output": True, "text": True, "timeout": 10, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **options).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown: git does not answer"
-    return commit + ("+dirty" if dirty else "")
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    here = {k: v for k, v in machine.describe().items() if v != state.get("machine", {}).get(k)}
+    if not here:
+        return _table(facts)
+    return _table(facts) + "<p>Different where this report was made:</p>" + _table(here.items())

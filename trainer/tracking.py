@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -46,7 +47,6 @@ class Tracker:
         config: see there.
         folder: the run directory.
         name: of the run.
-        run_id: of W&B, the same for the life of the run.
         settings: the run's configuration, shown in W&B.
         total_steps: for the progress bar.
         active: false on every rank but the first: does nothing.
@@ -57,7 +57,6 @@ class Tracker:
         config: TrackingConfig,
         folder: Path,
         name: str,
-        run_id: str,
         settings: dict[str, Any],
         total_steps: int,
         active: bool,
@@ -85,10 +84,20 @@ class Tracker:
         self._progress.start()
         self._complete = folder / "wandb" / "complete-to-step"
         if config.wandb != "disabled":
-            self._run = self._start_wandb(name, run_id, settings)
+            self._run = self._start_wandb(name, settings)
             self._send_what_was_lost()
 
-    def _start_wandb(self, name: str, run_id: str, settings: dict[str, Any]) -> Any:
+    def _identity(self) -> str:
+        """What W&B knows this run by; it lies beside what was sent, and was there before the first checkpoint."""
+        path = self.folder / "wandb" / "run-id"
+        path.parent.mkdir(exist_ok=True)
+        if not path.is_file():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(secrets.token_hex(4), encoding="utf-8")
+            temporary.replace(path)
+        return path.read_text(encoding="utf-8")
+
+    def _start_wandb(self, name: str, settings: dict[str, Any]) -> Any:
         # Audio in tables is staged in these two folders; inside the run directory it can be moved and synced with it.
         for variable, part in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
             os.environ.setdefault(variable, str((self.folder / "wandb" / part).resolve()))
@@ -98,7 +107,7 @@ class Tracker:
         try:
             import wandb
 
-            mode = self.config.wandb
+            identity, mode = self._identity(), self.config.wandb
             if mode == "auto":
                 mode = "online" if has_key() else "offline"
             for attempt in dict.fromkeys((mode, "offline")):
@@ -109,7 +118,7 @@ class Tracker:
                         group=self.config.group,
                         tags=list(self.config.tags),
                         name=name,
-                        id=run_id,
+                        id=identity,
                         resume="allow",
                         dir=self.folder,
                         mode=attempt,

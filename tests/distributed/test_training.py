@@ -232,6 +232,22 @@ def test_a_signal_to_one_rank_saves_and_stops_all(corpus: Path, tmp_path: Path) 
     assert numbers(resumed["run"]) == numbers(whole["run"])
 
 
+def test_starting_a_finished_run_again_does_nothing(corpus: Path, tmp_path: Path) -> None:
+    arguments = overrides(corpus, tmp_path, "max_steps=2", "validation.every_steps=9")
+    first = run_ranks(2, fit, arguments)[0]
+    again = run_ranks(2, fit, arguments)[0]
+    assert again["position"] == first["position"]
+    assert len(list(read_lines(first["run"] / "metrics.jsonl"))) == 3  # two steps and a validation
+
+
+def test_a_run_stops_early_where_it_gets_no_better(corpus: Path, tmp_path: Path) -> None:
+    """Alike on every rank, and for good: started again it does nothing."""
+    more = ["optimizer.lr=1e-12", "validation.every_steps=1", "validation.early_stop_after=2", "max_steps=20"]
+    for _ in range(2):
+        results = run_ranks(2, fit, overrides(corpus, tmp_path, *more))
+        assert [r["position"]["step"] for r in results] == [3, 3]
+
+
 def test_another_configuration_in_the_same_directory_is_refused(corpus: Path, tmp_path: Path) -> None:
     arguments = overrides(corpus, tmp_path, "name=run", "max_steps=1", "validation.every_steps=9")
     run_ranks(1, fit, arguments)

@@ -92,7 +92,8 @@ class Index:
         """Read the indexes of every shard in a folder.
 
         Raises:
-            UserError: no shards, a shard without index, an index of another format, a shard of another size.
+            UserError: no shards, a shard without index, an index that is damaged or of another format. A shard that
+                was cut short is no error here: what is missing is found, and left out, where it is read.
         """
         shards = sorted(folder.glob("*.tar"))
         if not shards:
@@ -102,11 +103,14 @@ class Index:
             path = index_path(shard)
             if not path.is_file():
                 raise UserError(f"{show(shard)}: has no index beside it ({path.name}); run `./launch.sh prepare` again")
-            header, *rows = path.read_text(encoding="utf-8").splitlines()
-            head = json.loads(header)
-            if head.get("format") != FORMAT:
-                raise UserError(f"{show(path)}: format {head.get('format')!r}, wanted {FORMAT}; prepare it anew")
-            entries.append([Entry(**json.loads(row)) for row in rows])
-            if len(rows) != head["samples"]:
-                raise UserError(f"{show(path)}: holds {len(rows)} samples, wanted {head['samples']}; prepare it anew")
+            try:
+                head, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+                if head["format"] != FORMAT:
+                    raise ValueError(f"format {head['format']!r}, wanted {FORMAT}")
+                if len(rows) != head["samples"]:
+                    raise ValueError(f"holds {len(rows)} samples, wanted {head['samples']}")
+                entries.append([Entry(**row) for row in rows])
+            except (ValueError, KeyError, TypeError) as error:
+                cure = "delete the folder and run `./launch.sh prepare` again"
+                raise UserError(f"{show(path)}: is damaged or of another format ({error}); {cure}") from error
         return cls(shards, entries, sample_rate_hz)

@@ -8,20 +8,16 @@ Writes RUN/evaluation/SPLIT.json, from which the report takes its tables.
 
 import argparse
 import json
-from typing import get_args
 
-from trainer.verbs import add_overrides, take
+from trainer.verbs import add_run, open_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run directory, or its name under runs/")
-    add_overrides(parser)
-    parser.epilog = "split=test: train, valid or test; other key=value change the saved configuration"
+    add_run(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    split, overrides = take(arguments.overrides, "split")
-    split = split or "test"
+    run, recipe, split = open_run(arguments)
 
     from dataclasses import asdict
 
@@ -29,21 +25,12 @@ def main(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from trainer import checkpoint, distributed
-    from trainer.config import show
     from trainer.engine import Evaluator
-    from trainer.errors import UserError
-    from trainer.recipe import Split, from_plain
-    from trainer.run import RunDirectory
 
-    if split not in get_args(Split):
-        raise UserError(f"the command line: split = {split!r}: wanted train, valid or test")
-    chosen: Split = split  # type: ignore[assignment]
-    run = RunDirectory.existing(arguments.run)
-    recipe = from_plain(run.saved_config(), show(run.config), overrides)
     best = checkpoint.best(run.checkpoints)
     ranks = distributed.start()
     try:
-        values, rows = Evaluator(recipe, recipe.build_dataset(chosen), ranks).run(best.weights())
+        values, rows = Evaluator(recipe, recipe.build_dataset(split), ranks).run(best.weights())
     finally:
         distributed.stop()
     rows.sort(key=lambda r: r.rate, reverse=True)
@@ -75,12 +62,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 def summary(values: dict[str, float]) -> list[str]:
     """Numbers as lines: error rates in percent with their parts, the rest as they are."""
+    from trainer.metrics import PARTS, error_rates
+
+    rates = error_rates(values)
     lines = []
-    for name, value in values.items():
-        parts = [f"{name}_{kind}" for kind in ("insertions", "deletions", "substitutions")]
-        if all(p in values for p in parts):
-            inside = ", ".join(f"{p.rpartition('_')[2]} {100 * values[p]:.2f}" for p in parts)
-            lines.append(f"{name.upper()} {100 * value:.2f} %  ({inside})")
-        elif not name.endswith(("_insertions", "_deletions", "_substitutions")):
-            lines.append(f"{name} {value:.4f}")
-    return lines
+    for name, (rate, *parts) in rates.items():
+        inside = ", ".join(f"{part} {100 * value:.2f}" for part, value in zip(PARTS, parts, strict=True))
+        lines.append(f"{name.upper()} {100 * rate:.2f} %  ({inside})")
+    told = {*rates, *(f"{name}_{part}" for name in rates for part in PARTS)}
+    others = [f"{name} {value:.4f}" for name, value in values.items() if name not in told]
+    return [*([", ".join(others)] if others else []), *lines]

@@ -29,9 +29,7 @@ def main(arguments: argparse.Namespace) -> int:
         return train(arguments.config, overrides)
     from trainer import launch
     from trainer.errors import UserError
-    from trainer.recipe import load
 
-    load(arguments.config, overrides)  # a mistake is told once, before any process starts
     hosts = launch.read_hosts(arguments.hosts) if arguments.hosts else None
     if hosts is not None and not 0 <= arguments.node < len(hosts):
         raise UserError(

@@ -1,0 +1,151 @@
+"""Pictures: curves of a run over its steps, and heat maps of what a model sees.
+
+Every picture is a PNG file, and an <img> that holds the same bytes for a page that is to be whole on its own.
+"""
+
+import base64
+import html
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from trainer.metrics import error_rates
+
+Rows = list[dict[str, Any]]
+
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes too (Okabe & Ito)
+MAX_PICTURE_FRAMES = 600
+
+
+def _inline(path: Path, kind: str, name: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="{kind}" alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def picture(figure: Figure, path: Path, kind: str = "plot") -> str:
+    """Save a figure beside the report and return it as an <img> that holds it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130)
+    plt.close(figure)
+    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the bytes
+    return _inline(path, kind, path.stem.replace("-", " "))
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the last `width` values."""
+    return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def series(rows: Rows, name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
+    kept = [(row["step"], row[name] * factor) for row in rows if row.get(name) is not None]
+    return [s for s, _ in kept], [v for _, v in kept]
+
+
+def _curve(axes: Axes, rows: Rows, name: str, label: str, color: str, factor: float = 1.0) -> None:
+    """Raw values faintly, their running mean over them."""
+    steps, values = series(rows, name, factor)
+    if values:
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth(values, max(1, len(values) // 40)), color=color, label=label)
+
+
+def _axes(ylabel: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.set(xlabel="step", ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure, axes
+
+
+def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
+    """Pictures over optimizer steps, by name; one that would be empty is left out."""
+    figures: dict[str, Figure] = {}
+    figures["loss"], axes = _axes("loss")
+    _curve(axes, train, "loss", "training, smoothed", BLUE)
+    axes.plot(*series(valid, "loss"), "o-", color=ORANGE, label="validation", markersize=4)
+    # The first steps may be far above the rest, which is what one wants to see.
+    settled = [*series(train, "loss")[1][len(train) // 20 :], *series(valid, "loss")[1]]
+    if settled and max(settled) > min(settled):
+        margin = 0.05 * (max(settled) - min(settled))
+        axes.set_ylim(min(settled) - margin, max(settled) + margin)
+    hours = dict(zip(*series(train, "audio_hours"), strict=True))
+    if len(hours) > 1:
+        top = axes.twiny()
+        top.set_xlim(axes.get_xlim())
+        ticks = [list(hours)[round(i * (len(hours) - 1) / 4)] for i in range(5)]
+        top.set_xticks(ticks, [f"{hours[t]:.3g}" for t in ticks], fontsize=8)
+        top.set_xlabel("hours of audio", fontsize=9)
+        top.spines[["right"]].set_visible(False)
+
+    measured = list(dict.fromkeys(name for row in valid for name in error_rates(row)))
+    if measured:
+        figures["error-rates"], axes = _axes("errors in validation, %")
+        for name, color, marker in zip(measured, (ORANGE, BLUE, GREEN), "os^", strict=False):
+            axes.plot(*series(valid, name, 100), marker + "-", color=color, label=name.upper(), markersize=4)
+        axes.set_ylim(0, None)
+
+    figures["learning-rate"], axes = _axes("learning rate")
+    axes.plot(*series(train, "lr"), color=BLUE)
+    axes.set_ylim(0, None)
+
+    figures["gradient-norm"], axes = _axes("gradient norm before clipping")
+    _curve(axes, train, "grad_norm", "gradient norm, smoothed", BLUE)
+    if any(value > 0 for value in series(train, "grad_norm")[1]):
+        axes.set_yscale("log")
+    for i, row in enumerate(refused):
+        axes.axvline(row["step"], color=ORANGE, linestyle=":", label=None if i else "refused step")
+
+    figures["throughput"], axes = _axes("hours of audio an hour (x real time)")
+    _curve(axes, train, "audio_hours_per_second", "throughput, smoothed", BLUE, 3600)
+    axes.set_ylim(0, None)
+
+    figures["padding-and-waiting"], axes = _axes("%")
+    _curve(axes, train, "padding_percent", "padding, % of what is computed", GREEN)
+    _curve(axes, train, "data_wait_percent", "waiting for data, % of the time", ORANGE)
+    axes.set_ylim(0, None)
+    for figure in figures.values():
+        axes = figure.axes[0]
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+    return figures
+
+
+def _scaled(image: NDArray[Any]) -> NDArray[np.float64]:
+    """Values to [0, 1], the brightest and darkest hundredth cut off."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    low, high = np.percentile(values, [1, 99])
+    return np.clip((values - low) / max(high - low, 1e-9), 0, 1)
+
+
+def heat_map(image: NDArray[Any], path: Path) -> str:
+    """A small picture without axes: (bands, frames), time to the right, low bands at the bottom."""
+    stride = math.ceil(image.shape[1] / MAX_PICTURE_FRAMES)
+    levels = (_scaled(image[::-1, ::stride]) * 31).round().astype(np.uint8)  # few levels: fewer bytes
+    pixels = Image.fromarray(levels, mode="P")
+    colors = plt.get_cmap("magma")(np.linspace(0, 1, 32))[:, :3]
+    pixels.putpalette((colors * 255).astype(np.uint8).tobytes())
+    pixels.save(path, optimize=True)
+    return _inline(path, "image", path.stem.replace("-", " "))
+
+
+def large_heat_map(image: NDArray[Any], seconds: float | None) -> Figure:
+    """The same with axes, in seconds where the length of the sound is known."""
+    figure, axes = plt.subplots(figsize=(10, 3), layout="constrained")
+    extent = (0, seconds or image.shape[1], 0, image.shape[0])
+    axes.imshow(_scaled(image), origin="lower", aspect="auto", cmap="magma", extent=extent)
+    axes.set(xlabel="frames" if seconds is None else "seconds", ylabel="band")
+    return figure
