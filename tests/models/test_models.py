@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import kernels
 from tests.helpers import overrides
 from trainer import recipe
 from trainer.models.encoders import Conv1dConfig, Conv2dConfig, ConvLayerConfig
@@ -106,27 +105,6 @@ def test_torchs_loop_and_the_kernel_agree(cell) -> None:
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a.reshape(-1), b.reshape(-1), rtol=1e-4, atol=1e-5)
-
-
-def test_kernels_prove_themselves() -> None:
-    assert kernels.selftest("cpu") == 18
-
-
-@pytest.mark.parametrize(
-    ("u", "weight", "lengths", "wanted"),
-    [
-        ((3, 2, 7), (1, 2, 4, 4), None, "u has 7 columns, wanted 1 gates x 8 units"),
-        ((3, 2, 8), (1, 2, 4, 3), None, "blocks of 4 x 3"),
-        ((3, 2, 8), (1, 2, 4, 4), (3,), r"lengths has shape \(3,\), wanted \(2,\)"),
-    ],
-)
-def test_a_wrong_shape_is_named(u, weight, lengths, wanted: str) -> None:
-    with pytest.raises(ValueError, match=wanted):
-        kernels.block_rnn(
-            torch.zeros(u),
-            torch.zeros(weight),
-            lengths=None if lengths is None else torch.ones(lengths, dtype=torch.int64),
-        )
 
 
 def test_dropout_belongs_to_the_sample_and_the_layer() -> None:

@@ -4,9 +4,7 @@ The stack takes padded batches with lengths. It transposes to time-major once, a
 the backward direction starts at each row's own last frame.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -16,12 +14,11 @@ from torch import Tensor, nn
 import kernels
 from trainer.config import Config
 from trainer.models.normalization import KeyedDropout, NormKind, build_norm, frame_mask
-from trainer.models.structure import Dense, DenseConfig, Diagonal, StructureConfig
-
-log = logging.getLogger(__name__)
+from trainer.models.structure import Dense, DenseConfig, StructureConfig
 
 State = tuple[Tensor, ...]
 """(h,) of shape (B, H), or (h, c) for an LSTM."""
+Output = tuple[Tensor, list[State]]
 
 
 class ElmanConfig(Config):
@@ -86,16 +83,12 @@ class RNNConfig(Config):
 
 
 class RecurrentLayer(nn.Module):
-    """One layer in one direction.
+    """The weights of one layer in one direction; `run` computes it, alone or with the other direction.
 
     Args:
         config: cell and structure.
         input_size: D.
         reverse: run from the last frame to the first.
-
-    Shape:
-        x: (T, B, D), lengths: (B,), state: (B, H) each -> (T, B, H) with zeros past each length, and the last state
-        (on torch's own loop that of frame T, so only for rows that fill it)
     """
 
     def __init__(self, config: RNNConfig, input_size: int, reverse: bool = False) -> None:
@@ -118,55 +111,83 @@ class RecurrentLayer(nn.Module):
             with torch.no_grad():
                 self.bias_ih[self.hidden_size : 2 * self.hidden_size] += self.cell.forget_bias
 
-    def forward(self, x: Tensor, lengths: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        torch_has_it = not (isinstance(self.cell, ElmanConfig) and self.cell.activation == "identity")
-        if isinstance(self.recurrence, Dense) and torch_has_it:
-            return self._torch(x, lengths, state)
-        return self._kernel(x, lengths, state)
 
-    def _torch(self, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Dense and free: torch's own loop (oneDNN, cuDNN) on a padded batch; causal, so padding comes after."""
-        if self.reverse:
-            x = reverse_rows(x, lengths)
-        if state is None:
-            zeros = x.new_zeros(1, x.shape[1], self.hidden_size)
-            first: State = (zeros, zeros) if self.cell.kind == "lstm" else (zeros,)
-        else:
-            first = tuple(s[None] for s in state)
-        weights = [self.weight_ih, self.recurrence.dense(), self.bias_ih, self.bias_hh]
-        options = (
-            True,
-            1,
-            0.0,
-            self.training,
-            False,
-            False,
-        )  # biases, layers, dropout, train, both ways, batch first
-        if self.cell.kind == "lstm":
-            y, *last = torch.lstm(x, first, weights, *options)
-        elif self.cell.kind == "gru":
-            y, *last = torch.gru(x, first[0], weights, *options)
-        else:
-            loop: Callable[..., tuple[Tensor, Tensor]] = (
-                torch.rnn_relu if self.cell.activation == "relu" else torch.rnn_tanh
-            )
-            y, *last = loop(x, first[0], weights, *options)
-        y = reverse_rows(y, lengths) if self.reverse else y
-        return y * frame_mask(lengths, y.shape[0]).T[..., None], tuple(s[0] for s in last)
+def run(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor, states: Sequence[State | None]) -> Output:
+    """One layer: its directions over the same input.
 
-    def _kernel(self, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
-        u = nn.functional.linear(x, self.weight_ih, self.bias_ih)
-        family = "diagonal" if isinstance(self.recurrence, Diagonal) else "block"
-        op = f"{family}_{self.cell.kind}"
-        _say_once(kernels.explain(op))
-        weight = self.recurrence.weight
-        if isinstance(self.recurrence, Dense):
-            weight = weight.view(GATES[self.cell.kind], 1, self.hidden_size, self.hidden_size)
-        options = {"activation": self.cell.activation} if isinstance(self.cell, ElmanConfig) else {}
-        y, last = getattr(kernels, op)(
-            u, weight, *(state or ()), bias=self.bias_hh, lengths=lengths, reverse=self.reverse, **options
+    Args:
+        ways: equal in all but weights and direction.
+        states: of each direction, None for zeros.
+
+    Shape:
+        x: (T, B, D), lengths: (B,)
+        returns: (T, B, R H), the directions side by side, with zeros past each length, and the last state of each
+    """
+    cell, recurrence = ways[0].cell, ways[0].recurrence
+    if isinstance(recurrence, Dense) and torch_is_faster(cell, recurrence.weight):
+        outputs = [_torch(way, x, lengths, state) for way, state in zip(ways, states, strict=True)]
+        y = outputs[0][0] if len(ways) == 1 else torch.cat([y for y, _ in outputs], -1)
+        return y, [last for _, last in outputs]
+    return _kernel(ways, x, lengths, states)
+
+
+def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
+    """Whether a dense layer is left to torch's own loop.
+
+    On a GPU that is cuDNN. On a CPU it is oneDNN, which torch uses for the LSTM alone and which ours does not beat
+    (docs/results.md); torch's RNN and GRU take a call of the matrix library a step, and lose to ours.
+    """
+    if isinstance(cell, ElmanConfig) and cell.activation == "identity":
+        return False
+    return weight.is_cuda or isinstance(cell, LSTMConfig) or not kernels.is_fast(weight)
+
+
+def _torch(way: RecurrentLayer, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """One direction on a padded batch; causal, so padding comes after. The last state is right for rows of T frames."""
+    x = reverse_rows(x, lengths) if way.reverse else x
+    zeros = x.new_zeros(x.shape[1], way.hidden_size)
+    first = [s[None] for s in state or (zeros, zeros)]
+    weights = [way.weight_ih, way.recurrence.dense(), way.bias_ih, way.bias_hh]
+    options = (True, 1, 0.0, way.training, False, False)  # biases, layers, dropout, train, both ways, batch first
+    if isinstance(way.cell, LSTMConfig):
+        y, *last = torch.lstm(x, first, weights, *options)
+    else:
+        name = way.cell.kind if isinstance(way.cell, GRUConfig) else f"rnn_{way.cell.activation}"
+        y, *last = getattr(torch, name)(x, first[0], weights, *options)
+    y = reverse_rows(y, lengths) if way.reverse else y
+    return y * frame_mask(lengths, y.shape[0]).T[..., None], tuple(s[0] for s in last)
+
+
+def _kernel(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor, states: Sequence[State | None]) -> Output:
+    """All directions in one call: more units side by side, some of which run backwards."""
+    cell = ways[0].cell
+    gates, size = GATES[cell.kind], ways[0].hidden_size
+
+    def side_by_side(parts: Sequence[Tensor]) -> Tensor:  # (G H, ...) each -> (G, R, H, ...)
+        return (
+            parts[0]
+            if len(parts) == 1
+            else torch.stack([p.unflatten(0, (gates, size)) for p in parts], 1).flatten(0, 2)
         )
-        return y, last if isinstance(last, tuple) else (last,)
+
+    u = nn.functional.linear(
+        x, side_by_side([way.weight_ih for way in ways]), side_by_side([way.bias_ih for way in ways])
+    )
+    weight = torch.cat([way.recurrence.blocks() for way in ways], 1)
+    given = [state for state in states if state is not None]
+    first = [torch.cat(parts, -1) for parts in zip(*given, strict=True)] if given else []
+    name = f"rnn_{cell.activation}" if isinstance(cell, ElmanConfig) else cell.kind
+    y, *last = kernels.recurrence(
+        u,
+        weight,
+        *first,
+        cell=name,
+        bias=side_by_side([way.bias_hh for way in ways]),
+        lengths=lengths,
+        reverse=[way.reverse for way in ways],
+    )
+    by_way = [part.split(size, -1) for part in last if part.numel() or name == "lstm"]
+    return y, list(zip(*by_way, strict=True))
 
 
 def reverse_rows(x: Tensor, lengths: Tensor) -> Tensor:
@@ -174,11 +195,6 @@ def reverse_rows(x: Tensor, lengths: Tensor) -> Tensor:
     t = torch.arange(x.shape[0], device=x.device)[:, None]
     index = torch.where(t < lengths, lengths - 1 - t, t)  # (T, B)
     return x.gather(0, index[..., None].expand_as(x))
-
-
-@lru_cache(maxsize=64)
-def _say_once(text: str) -> None:
-    log.info("%s", text)
 
 
 class RNN(nn.Module):
@@ -214,8 +230,9 @@ class RNN(nn.Module):
         hidden: list[Tensor] = []
         for norm, ways, dropout in zip(self.norms, self.layers, self.dropouts, strict=True):
             inputs = norm(x, mask).transpose(0, 1).contiguous()  # (T, B, D)
-            outputs = [way(inputs, lengths)[0] for way in ways]  # type: ignore[attr-defined]
-            y = sum(outputs[1:], start=outputs[0]) if self.config.directions == "sum" else torch.cat(outputs, -1)
+            y, _ = run(list(ways), inputs, lengths, [None] * len(ways))  # type: ignore[call-overload,arg-type]
+            if self.config.directions == "sum":
+                y = y.unflatten(-1, (2, -1)).sum(-2)
             y = y.transpose(0, 1)  # (B, T, H)
             if all_layers:
                 hidden.append(y)

@@ -18,6 +18,10 @@ class Structure(nn.Module):
         """The matrices as one of (G H, H), so that `forward(h)` equals `h @ dense().T`."""
         raise TypeError(f"{type(self).__name__} lacks dense")
 
+    def blocks(self) -> Tensor:
+        """The matrices as `kernels.recurrence` takes them: (G, K, P, P), or (G, H) diagonals."""
+        raise TypeError(f"{type(self).__name__} lacks blocks")
+
     def multiply_adds(self) -> int:
         """Multiplications of one step of one row."""
         return self.weight.numel()

@@ -54,3 +54,6 @@ class BlockDiagonal(Structure):
 
     def dense(self) -> Tensor:
         return torch.cat([torch.block_diag(*gate) for gate in self.weight])
+
+    def blocks(self) -> Tensor:
+        return self.weight

@@ -38,3 +38,6 @@ class Dense(Structure):
 
     def dense(self) -> Tensor:
         return self.weight
+
+    def blocks(self) -> Tensor:
+        return self.weight.view(self.num_gates, 1, self.hidden_size, self.hidden_size)

@@ -40,3 +40,6 @@ class Diagonal(Structure):
 
     def dense(self) -> Tensor:
         return torch.cat([torch.diag(gate) for gate in self.weight])
+
+    def blocks(self) -> Tensor:
+        return self.weight

@@ -1,0 +1,41 @@
+"""Builds the CPU kernels: one source, an object for each instruction set, one library that needs nothing of torch.
+
+Nothing here is needed to run: without a compiler the installation goes on, and the reference loop serves.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ALL = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+X86 = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DVECTOR_BYTES=64", "-DREGISTERS=32"],
+    "avx2": ["-mavx2", "-mfma", "-DVECTOR_BYTES=32", "-DREGISTERS=16"],
+}
+PORTABLE = {"portable": ["-DVECTOR_BYTES=16", "-DREGISTERS=16", "-DWITH_DOUBLE"]}
+
+
+class BuildKernels(build_ext):
+    """Compiles `kernels/cpu.cpp` once for each instruction set; which one runs is decided when it is loaded."""
+
+    def build_extension(self, ext: Extension) -> None:
+        sets = (X86 if platform.machine() in ("x86_64", "AMD64") else {}) | PORTABLE
+        objects = []
+        for name, flags in sets.items():
+            objects += self.compiler.compile(
+                ext.sources,
+                output_dir=str(Path(self.build_temp, name)),
+                extra_postargs=[*ALL, *flags, f"-DNAME={name}"],
+                depends=ext.depends,
+            )
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, target, target_lang="c++")
+
+
+setup(
+    ext_modules=[Extension("kernels._cpu", ["kernels/cpu.cpp"], language="c++", optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+)
