@@ -94,6 +94,14 @@ def most_threads() -> int:
     return allowed
 
 
+def peak_flops() -> float:
+    """Most float32 operations a second of one core with this instruction set: the floor that a kernel is measured by."""
+    function = getattr(_LIBRARY, f"peak_flops_{instruction_set()}")
+    function.restype = ctypes.c_double
+    peak: float = function()
+    return peak
+
+
 def keep_pages() -> None:
     """Ask glibc to keep freed memory instead of giving it back: large outputs then lie on pages that exist already.
 

@@ -1,0 +1,296 @@
+"""Our kernels beside what a user would otherwise pick, as ratios of one interleaved run, after checking both agree.
+
+Every row also gives the share of the floor: the multiply-adds that the recurrence cannot do without at the rate of a
+loop of nothing else (`cpu.peak_flops`), or, where bytes and not flops are the limit, the speed of a plain copy.
+Forward is measured without gradients, backward as forward and backward together.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels import cpu
+from kernels.ops import recurrence
+from kernels.reference import GATES, hash24
+
+Outputs = Callable[[], Tensor]
+MODULES: dict[str, type[nn.RNNBase]] = {"rnn_tanh": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+
+
+@dataclass
+class Bench:
+    """One line of the table.
+
+    Args:
+        ours: computes the output; differentiable by `inputs`.
+        rivals: the same by other means, by name.
+        equal: whether a rival computes the same numbers (a dense net of the same size does not).
+        flops: of the recurrence forward; backward takes twice as many more.
+        numbers: elements that a copy would move, where bytes are the limit.
+        wanted: at least this ratio or share, forward and forward + backward, by the rival's name, "floor" or "copy".
+    """
+
+    name: str
+    ours: Outputs
+    inputs: list[Tensor]
+    rivals: dict[str, tuple[Outputs, list[Tensor], bool]] = field(default_factory=dict)
+    flops: float = 0.0
+    numbers: int = 0
+    wanted: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+
+def block_loop(u: Tensor, weight: Tensor) -> Tensor:
+    """tanh blocks as people write them: one batched product a step, inputs cut once."""
+    num_blocks, size = weight.shape[1:3]
+    steps = u.unflatten(-1, (num_blocks, size)).permute(0, 2, 1, 3).contiguous().unbind(0)  # T x (K, B, P)
+    matrices = weight[0].transpose(1, 2)
+    h = torch.tanh(steps[0])
+    outputs = [h]
+    for u_t in steps[1:]:
+        h = torch.tanh(torch.baddbmm(u_t, h, matrices))
+        outputs.append(h)
+    return torch.stack(outputs).permute(0, 2, 1, 3).flatten(2)
+
+
+def _case(cell: str, steps: int, batch: int, blocks: int, size: int | None) -> tuple[Tensor, Tensor]:
+    gates, hidden = GATES[cell], blocks * (size or 1)
+    weight = torch.randn(gates, blocks, size, size) * 0.5 / size**0.5 if size else torch.rand(gates, hidden)
+    return torch.randn(steps, batch, gates * hidden).requires_grad_(), weight.requires_grad_()
+
+
+def block_bench(steps: int, batch: int, size: int, hidden: int = 1024, **wanted: tuple[float, float | None]) -> Bench:
+    """tanh blocks of P = `size` against the loop, and against a dense nn.RNN of as many units."""
+    u, weight = _case("rnn_tanh", steps, batch, hidden // size, size)
+    dense = nn.RNN(hidden, hidden)
+    # The sparse layer is compared with a dense layer's recurrence alone: no projection on either side.
+    x = torch.randn(steps, batch, hidden)
+    rivals = {
+        "loop": (lambda: block_loop(u, weight), [u, weight], True),
+        "dense": (lambda: dense(x)[0], [dense.weight_hh_l0], False),
+    }
+    flops = 2.0 * steps * batch * hidden * size
+    name = f"blocks of {size}, B={batch}, T={steps}"
+    return Bench(name, lambda: recurrence(u, weight, cell="rnn_tanh")[0], [u, weight], rivals, flops, wanted=wanted)
+
+
+def dense_bench(cell: str, batch: int, hidden: int, steps: int = 100, **wanted: tuple[float, float | None]) -> Bench:
+    """One dense layer against torch's own, the input projection on both sides."""
+    net = MODULES[cell](hidden, hidden)
+    x = torch.randn(steps, batch, hidden).requires_grad_()
+    gates = GATES[cell]
+    weight = net.weight_hh_l0.detach().view(gates, 1, hidden, hidden).clone().requires_grad_()
+
+    def ours() -> Tensor:
+        u = nn.functional.linear(x, net.weight_ih_l0, net.bias_ih_l0)
+        return recurrence(u, weight, cell=cell, bias=net.bias_hh_l0)[0]
+
+    own = [x, weight, net.weight_ih_l0, net.bias_ih_l0, net.bias_hh_l0]
+    flops = 2.0 * 2 * steps * batch * gates * hidden * hidden
+    rivals = {"torch": (lambda: net(x)[0], [x, *net.parameters()], True)}
+    return Bench(f"dense {cell.removesuffix('_tanh')}, H={hidden}, B={batch}", ours, own, rivals, flops, wanted=wanted)
+
+
+def benches() -> Iterator[Bench]:
+    """The table, in order."""
+    yield block_bench(100, 16, 64, loop=(4, 3), dense=(20, 20), floor=(0.55, 0.50))
+    yield block_bench(500, 1, 64, loop=(9, 11), dense=(20, 20))
+    yield block_bench(100, 16, 256, floor=(0.75, 0.70))
+    yield block_bench(100, 32, 256, floor=(0.75, 0.70))
+    u, weight = _case("rnn_tanh", 100, 16, 64, 16)
+    yield Bench(
+        "blocks of 16, B=16, T=100",
+        lambda: recurrence(u, weight, cell="rnn_tanh")[0],
+        [u, weight],
+        {"loop": (lambda: block_loop(u, weight), [u, weight], True)},
+        2.0 * u.numel() * 16,
+        u.numel(),
+        {"copy": (0.35, None)},
+    )
+    for cell in ("lstm", "gru"):
+        v, gates = _case(cell, 100, 16, 16, 64)
+        flops = 2.0 * v.numel() * 64
+        yield Bench(f"{cell} blocks of 64, B=16", _closure(cell, v, gates), [v, gates], flops=flops)
+    d, diagonal = _case("rnn_relu", 100, 16, 1024, None)
+    yield Bench(
+        "diagonal, H=1024, B=16",
+        _closure("rnn_relu", d, diagonal),
+        [d, diagonal],
+        numbers=d.numel(),
+        wanted={"copy": (0.8, None)},
+    )
+    for cell in ("rnn_tanh", "gru", "lstm"):
+        for hidden in (256, 512, 1024):
+            for batch in (1, 4, 16, 32):
+                few = batch <= 16
+                wanted = {"rnn_tanh": (1.3, 1.3), "gru": (1.3, 1.5), "lstm": (0.95, 1.0)}[cell]
+                if cell != "lstm" and not few:
+                    wanted = (1.1, 1.1)
+                yield dense_bench(cell, batch, hidden, torch=wanted)
+
+
+def _closure(cell: str, u: Tensor, weight: Tensor) -> Outputs:
+    return lambda: recurrence(u, weight, cell=cell)[0]
+
+
+def _agree(bench: Bench) -> None:
+    """The outputs and gradients of equal rivals agree with ours.
+
+    Raises:
+        AssertionError: they do not, so that no ratio would mean anything.
+    """
+    ours = bench.ours()
+    weights = torch.randn_like(ours)
+    for name, (rival, _, equal) in bench.rivals.items():
+        if not equal:
+            continue
+        theirs = rival()
+        a, b = (torch.autograd.grad(y, bench.inputs[:1], weights, retain_graph=True)[0] for y in (ours, theirs))
+        for what, x, y in (("output", ours, theirs), ("gradient", a, b)):
+            error = float((x - y).norm() / y.norm())
+            if not error < 1e-4:
+                raise AssertionError(f"{bench.name}: the {what} of {name} differs by {error:.1e}")
+
+
+def _forward(function: Outputs) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return function()
+
+    return run
+
+
+def _both(function: Outputs, inputs: list[Tensor], weights: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(function(), inputs, weights)
+
+
+def interleaved(ways: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Time each way in turn, A B C, C B A, ..., after a warm-up, for about so many seconds and five rounds at least."""
+    for run in ways.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 5 or (time.perf_counter() < end and rounds < 200):
+        for name in list(ways)[:: 1 if rounds % 2 else -1]:
+            start = time.perf_counter()
+            ways[name]()
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return times
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "low": low, "high": high}
+
+
+def measure(bench: Bench, seconds: float, peak: float) -> dict[str, Any]:
+    """One line: milliseconds, share of the floor, ratios to each rival; forward and forward + backward."""
+    _agree(bench)
+    weights = torch.randn_like(bench.ours())
+    result: dict[str, Any] = {"name": bench.name, "wanted": bench.wanted}
+    buffer = torch.randn(bench.numbers) if bench.numbers else None
+    for number, direction in enumerate(("forward", "both")):
+        ways: dict[str, Callable[[], object]] = {}
+        if direction == "forward":
+            ways["ours"] = _forward(bench.ours)
+            ways |= {name: _forward(rival) for name, (rival, _, _) in bench.rivals.items()}
+            if buffer is not None:
+                ways["copy"] = buffer.clone
+        else:
+            ways["ours"] = _both(bench.ours, bench.inputs, weights)
+            ways |= {name: _both(rival, inputs, weights) for name, (rival, inputs, _) in bench.rivals.items()}
+        times = interleaved(ways, seconds)
+        line: dict[str, Any] = {"milliseconds": quartiles([1e3 * t for t in times["ours"]])}
+        for name in list(ways)[1:]:
+            pairs = zip(times[name], times["ours"], strict=True)
+            line[name] = quartiles([theirs / ours for theirs, ours in pairs])
+        if bench.flops:
+            done = bench.flops * (1, 3)[number]
+            line["floor"] = quartiles([done / peak / t for t in times["ours"]])
+        result[direction] = line
+    return result
+
+
+def threads(seconds: float) -> dict[str, Any]:
+    """One thread against two on a block-diagonal layer; 1 where this process has one processor."""
+    u, weight = _case("rnn_tanh", 100, 16, 16, 64)
+    out = torch.randn(100, 16, 1024)
+    before = torch.get_num_threads()
+
+    def on(number: int, way: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            torch.set_num_threads(number)
+            return way()
+
+        return run
+
+    result: dict[str, Any] = {"name": "blocks of 64: two threads over one", "wanted": {"one": (1.9, 1.9)}}
+    try:
+        for direction, way in (
+            ("forward", _forward(_closure("rnn_tanh", u, weight))),
+            ("both", _both(_closure("rnn_tanh", u, weight), [u, weight], out)),
+        ):
+            times = interleaved({"two": on(2, way), "one": on(1, way)}, seconds)
+            ratios = [one / two for one, two in zip(times["one"], times["two"], strict=True)]
+            result[direction] = {"milliseconds": quartiles([1e3 * t for t in times["two"]]), "one": quartiles(ratios)}
+    finally:
+        torch.set_num_threads(before)
+    return result
+
+
+def lengths(seconds: float) -> dict[str, Any]:
+    """Rows of lengths uniform in 1..T against rows of T: half the work."""
+    u, weight = _case("rnn_tanh", 100, 32, 16, 64)
+    out = torch.randn(100, 32, 1024)
+    short = 1 + hash24(torch.zeros((), dtype=torch.int64), torch.arange(32)) % 100
+    ways: dict[str, Outputs] = {
+        "full": lambda: recurrence(u, weight, cell="rnn_tanh")[0],
+        "short": lambda: recurrence(u, weight, cell="rnn_tanh", lengths=short)[0],
+    }
+    mean = float(short.double().mean()) / 100
+    result: dict[str, Any] = {
+        "name": f"lengths uniform in 1..T (mean {mean:.2f} T): time over full",
+        "wanted": {"full": (0.65, 0.65)},
+        "less is better": True,
+    }
+    for direction in ("forward", "both"):
+        runs = {k: _forward(w) if direction == "forward" else _both(w, [u, weight], out) for k, w in ways.items()}
+        times = interleaved(runs, seconds)
+        ratios = [a / b for a, b in zip(times["short"], times["full"], strict=True)]
+        result[direction] = {"milliseconds": quartiles([1e3 * t for t in times["short"]]), "full": quartiles(ratios)}
+    return result
+
+
+def run(seconds: float = 1.0, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The whole table on one thread.
+
+    Args:
+        seconds: about so long for each line and direction.
+        say: told each line's name as it begins.
+
+    Returns:
+        the floor, and a list of lines.
+    """
+    torch.manual_seed(0)
+    cpu.keep_pages()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        peak = cpu.peak_flops()
+        lines = []
+        for bench in benches():
+            say(bench.name)
+            lines.append(measure(bench, seconds, peak))
+        lines.append(lengths(seconds))
+        torch.set_num_threads(2)
+        lines.append(threads(seconds))
+    finally:
+        torch.set_num_threads(before)
+    return {"peak_gflops": peak / 1e9, "instruction_set": cpu.instruction_set(), "lines": lines}
