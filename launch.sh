@@ -9,36 +9,47 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 extras=""
 [[ "${1:-}" == test ]] && extras="[dev]"
 
-# Sets $python. Installs at the first call and when pyproject.toml changed; a stamp says what was installed.
+say() { echo "launch.sh: $*" >&2; }
+
+# Sets $python. Installs into .venv at the first call, and when what an installation depends on has changed: a stamp
+# says what was installed. Another active environment that has ostinato in it belongs to the user and is used as it is.
 find_environment() {
-    if [[ -n "${VIRTUAL_ENV:-}" ]] && compgen -G "$VIRTUAL_ENV/lib/python3*/site-packages/ostinato-*.dist-info" >/dev/null; then
-        python=$VIRTUAL_ENV/bin/python
+    local environment=$root/.venv active=${VIRTUAL_ENV:-}
+    if [[ -n "$active" && ! "$active" -ef "$environment" ]] &&
+        compgen -G "$active/lib/python3*/site-packages/ostinato-*.dist-info" >/dev/null; then
+        python=$active/bin/python
+        if [[ -n "$extras" ]] && ! compgen -G "$active/lib/python3*/site-packages/pytest" >/dev/null; then
+            say "$active has no pytest; install the extra: $python -m pip install -e '$root$extras'"
+            exit 2
+        fi
         return
     fi
-    local environment=$root/.venv
     python=$environment/bin/python
     local stamp="$environment/installed$extras" wanted
-    wanted=$(cksum <"$root/pyproject.toml")
+    # The dependencies, and the sources that are compiled.
+    wanted=$(cd "$root" && shopt -s globstar nullglob && cksum pyproject.toml setup.p[y] kernels/**/*.{cpp,h,cu})
     if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
         return
     fi
     local base=${PYTHON:-python3}
     if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        echo "launch.sh: $base is missing or older than Python 3.10; set PYTHON=/path/to/python" >&2
+        say "$base is missing or older than Python 3.10; set PYTHON=/path/to/python"
         exit 2
     fi
     # One installation at a time, also when several ranks or hosts share this folder.
     exec 9>"$root/.venv.lock"
     flock 9
     if [[ ! -f "$stamp" || "$(<"$stamp")" != "$wanted" ]]; then
-        echo "launch.sh: installing into .venv (once, some minutes)" >&2
-        if [[ ! -x "$python" ]] && ! "$base" -m venv "$environment"; then
-            echo "launch.sh: $base cannot make a virtual environment; install its venv module (Debian: python3-venv)" >&2
+        say "installing into .venv (once, some minutes)"
+        # One that was interrupted, or made without its module ensurepip, is there and has no pip.
+        if { [[ ! -x "$python" ]] && ! "$base" -m venv "$environment" >&2; } ||
+            { ! "$python" -m pip --version && ! "$python" -m ensurepip; } >/dev/null 2>&1; then
+            say "$base cannot make a virtual environment; install its venv module (Debian: python3-venv)"
             exit 2
         fi
         "$python" -m pip install --quiet --disable-pip-version-check -e "$root$extras" >&2
         printf '%s\n' "$wanted" >"$stamp"
-        [[ -n "$extras" ]] && printf '%s\n' "$wanted" >"$environment/installed"
+        [[ -z "$extras" ]] || printf '%s\n' "$wanted" >"$environment/installed"
     fi
     exec 9>&-
 }
@@ -52,14 +63,11 @@ done
 
 find_environment
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1 # from Python 3.11 on, a trainer.py in the user's folder is not taken for ours
 
 case "${1:-}" in
 "")
-    config=speech/read_ru
-    "$python" -m trainer prepare "$config"
-    "$python" -m trainer train "$config" nproc=2
-    "$python" -m trainer evaluate "${config/\//-}"
-    exec "$python" -m trainer report "${config/\//-}"
+    exec "$python" -m trainer story speech/read_ru nproc=2
     ;;
 test)
     shift

@@ -29,6 +29,19 @@ def write(folder: Path, name: str, text: str) -> str:
         ("recipe=speach", ["recipe = 'speach'", "did you mean speech?"]),
         ("model.rnn.structure={kind: block_diagonal, num_blocks: 7}", ["num_blocks = 7", "hidden_size = 96"]),
         ("max_epochs", ["max_epochs: is not an override"]),
+        ("optimizer..lr=1", ["optimizer..lr=1: is not an override"]),
+        ("optimizer={kind: rmsprop, betas: [0.9, 0.98]}", ["unknown key of kind rmsprop", "belongs to adamw"]),
+        ("data.corpus.kind=foo", ["the command line: data.corpus.kind = 'foo'", "festvox_ru, manifest, tones"]),
+        ("optimizer=adamw", ["optimizer = 'adamw'", "{kind: adamw}", "adamw, rmsprop"]),
+        ("optimizer.betas=[2, 0.9]", ["optimizer.betas.0 = 2", "less than 1"]),
+        ("data.text.alphabet=abca", ["data.text.alphabet = 'abca'", "'a' more than once"]),
+        ('data.text.alphabet="a\\0"', ["data.text.alphabet", "'\\x00'", "take it out"]),
+        ("data.features.window_ms=0.01", ["window_ms = 0.01", "equal to 1"]),
+        ("data.features.hop_ms=0.01", ["hop_ms = 0.01", "equal to 1"]),
+        ("data.augment.speeds=[]", ["speeds = []", "from 0.1 to 10"]),
+        ("data.augment.speeds=[0]", ["speeds = [0]", "from 0.1 to 10"]),
+        ("data.augment.speeds=[1, -1]", ["speeds = [1, -1]", "from 0.1 to 10"]),
+        ("model={[1]: 2}", ["model = '{[1]: 2}'"]),
     ],
 )
 def test_a_mistake_names_key_value_and_cure(argument: str, wanted: list[str]) -> None:
@@ -36,6 +49,10 @@ def test_a_mistake_names_key_value_and_cure(argument: str, wanted: list[str]) ->
         recipe.load("speech/tones", [argument])
     for text in wanted:
         assert text in str(error.value)
+
+
+def test_an_argument_that_is_not_yaml_is_a_text() -> None:
+    assert recipe.load("speech/tones", ["name=2024-13-01"]).config.name == "2024-13-01"
 
 
 def test_all_mistakes_are_told_at_once_with_their_files(tmp_path: Path) -> None:
@@ -65,6 +82,48 @@ def test_another_kind_replaces_the_whole_mapping(tmp_path: Path) -> None:
     assert config.optimizer.alpha == 0.5
 
 
+@pytest.mark.parametrize(
+    "arguments", [["optimizer.kind=rmsprop", "optimizer.alpha=0.5"], ["optimizer.alpha=0.5", "optimizer.kind=rmsprop"]]
+)
+def test_another_kind_is_one_argument(arguments: list[str]) -> None:
+    """What the file has set for the other kind goes, what the command line says stays, whatever its order."""
+    config = recipe.load("speech/read_ru", [*arguments, "model.rnn.cell.kind=gru"]).config
+    assert (config.optimizer.kind, config.optimizer.alpha) == ("rmsprop", 0.5)
+    assert config.model.rnn.cell.kind == "gru"
+    assert recipe.load("speech/read_ru", ["optimizer.kind=adamw"]).config.optimizer.betas == (0.9, 0.98)
+
+
+def test_another_kind_in_an_including_file_replaces_that_of_the_included(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "recipe: speech\noptimizer: {betas: [0.8, 0.9], kind: adamw}\n")
+    path = write(tmp_path, "run.yaml", "include: base.yaml\noptimizer: {alpha: 0.5, kind: rmsprop}\n")
+    assert recipe.load(path).config.optimizer.alpha == 0.5
+
+
+def test_a_mapping_without_a_kind_lists_the_kinds(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", "recipe: speech\noptimizer: {lr: 1}\n")
+    with pytest.raises(UserError) as error:
+        recipe.load(path, ["data.corpus.num_utterances=3"])
+    assert "optimizer: needs a `kind`: one of adamw, rmsprop" in str(error.value)
+    assert "the command line: data.corpus: needs a `kind`: one of festvox_ru" in str(error.value)
+
+
+def test_a_key_is_never_suggested_for_itself(tmp_path: Path) -> None:
+    text = "recipe: speech\ndata: {1: 2}\nmodel: {subsampling: {kind: conv1d, layers: [{chanels: 3}]}}\n"
+    with pytest.raises(UserError) as error:
+        recipe.load(write(tmp_path, "run.yaml", text), ["optimizer={kind: rmsprop, betas: 1}"])
+    for line in str(error.value).splitlines():
+        key = line.split(": ")[1]
+        assert f"did you mean {key}?" not in line, line
+    assert "layers.0.chanels: unknown key; did you mean model.subsampling.layers.0.channels?" in str(error.value)
+
+
+def test_an_anchor_may_be_merged(tmp_path: Path) -> None:
+    text = "recipe: speech\ndata: {text: &text {lowercase: false}}\nmodel: {rnn: {hidden_size: 8}}\n"
+    path = write(tmp_path, "run.yaml", text + "plan: {<<: {num_buckets: 3}, window_shards: 2}\n")
+    config = recipe.load(path).config
+    assert (config.plan.num_buckets, config.plan.window_shards) == (3, 2)
+
+
 @pytest.mark.parametrize("literal", ["1e-3", "1.0e-3", "0.001"])
 def test_a_number_may_be_written_as_people_do(literal: str) -> None:
     assert recipe.load("speech/tones", [f"optimizer.lr={literal}"]).config.optimizer.lr == 1e-3
@@ -77,6 +136,11 @@ def test_a_number_may_be_written_as_people_do(literal: str) -> None:
         ("recipe: [speech\n", "is not YAML"),
         ("include: nowhere.yaml\nrecipe: speech\n", "nowhere.yaml: there is no such file"),
         ("include: run.yaml\n", "includes itself"),
+        ("include: 3\n", "include = 3: wanted a file"),
+        ("include: [3]\n", r"include = \[3\]: wanted a file"),
+        ("include:\n", "include = None: wanted a file"),
+        ("recipe: speech\n? [a, b]\n: c\n", "line 2: a key must be text"),
+        ("recipe: speech\nname: 2024-13-01\n", "is not YAML: month must be in"),
         ("- 1\n", "holds list"),
         ("seed: 1\n", "recipe: is missing"),
     ],
@@ -91,6 +155,8 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, wanted: str) -> None:
 def test_an_unknown_config_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"did you mean speech/tones\?"):
         recipe.load("speech/tone")
+    with pytest.raises(UserError, match=r"xxx\.\.\.: there is no such config"):
+        recipe.load("x" * 300)
 
 
 def test_a_mistake_ends_with_code_2_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import PROJECT
+from trainer.doctor import requirements
 
 OWNERS = {
     "deepspeed": {"trainer/distributed.py"},
@@ -77,3 +78,12 @@ def test_the_distribution_is_called_ostinato() -> None:
 
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["name"] == "ostinato"
+
+
+MODULES = {"pyyaml": "yaml", "pillow": "PIL"}  # packages whose module has another name
+
+
+def test_what_is_imported_is_declared() -> None:
+    used = {name.split(".")[0] for path in sources("kernels", "trainer", "recipes") for name in imports(path)}
+    used -= {"kernels", "trainer", "recipes", "triton", "pydantic_core"} | set(sys.stdlib_module_names)
+    assert used == {MODULES.get(name, name) for name in requirements()}

@@ -2,12 +2,18 @@
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 
 from trainer import verbs
-from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, RequeueError, UserError
-from trainer.launch import die_with_spawner, tell
+from trainer.errors import EXIT_DONE, EXIT_OUR_FAULT, EXIT_REQUEUE, EXIT_USER_MISTAKE, RequeueError, UserError
+from trainer.launch import follow_parent, tell
+
+HIDDEN = {"story"}
+"""Verbs that `--help` does not list: what `./launch.sh` alone runs."""
+PRINTING = {"-h", "--help", "help", "plan", "schema"}
+"""Verbs that are done when nobody reads any more, as in `schema | head`."""
 
 
 def main(arguments: list[str]) -> int:
@@ -16,46 +22,62 @@ def main(arguments: list[str]) -> int:
     Returns:
         the exit code, see `trainer.errors`.
     """
-    names = sorted(m.name for m in pkgutil.iter_modules(verbs.__path__))
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print_help(names)
-        return 0
-    verb, rest = arguments[0].replace("-", "_"), arguments[1:]
+    verb = arguments[0] if arguments else "help"
     try:
-        if verb not in names:
-            import difflib
-
-            near = difflib.get_close_matches(verb, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else "known verbs: " + ", ".join(names)
-            raise UserError(f"{arguments[0]}: there is no such verb; {hint}")
-        module = importlib.import_module(f"trainer.verbs.{verb}")
-        parser = argparse.ArgumentParser(
-            prog=f"./launch.sh {arguments[0]}",
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(parser)
-        code: int = module.main(parser.parse_args(rest))
+        code = run(verb, arguments[1:])
+        sys.stdout.flush()
         return code
     except UserError as error:
         tell(str(error))
         return EXIT_USER_MISTAKE
     except RequeueError:
         return EXIT_REQUEUE
-    except BrokenPipeError:
-        return 0
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # else it is rich's answer to a closed pipe
+        for stream in (sys.stdout, sys.stderr):  # else what is left in them is tried, and fails, at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return EXIT_DONE if verb in PRINTING else EXIT_OUR_FAULT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def run(verb: str, rest: list[str]) -> int:
+    """Run a verb with its arguments; returns the exit code.
+
+    Raises:
+        UserError: there is no such verb, and what the verb raises.
+    """
+    names = sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(verbs.__path__))
+    known = [name for name in names if name not in HIDDEN]
+    if verb in ("-h", "--help", "help"):
+        print_help(known)
+        return EXIT_DONE
+    if verb not in names:
+        import difflib
+
+        near = difflib.get_close_matches(verb, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "known verbs: " + ", ".join(known)
+        raise UserError(f"{verb}: there is no such verb; {hint}")
+    module = importlib.import_module(f"trainer.verbs.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=f"./launch.sh {verb}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    code: int = module.main(parser.parse_args(rest))
+    return code
 
 
 def print_help(names: list[str]) -> None:
     """The list of verbs, each with the first line of its module's text."""
     print("usage: ./launch.sh [VERB [ARGUMENTS]]\n\nWithout a verb: the whole story on the default recipe.\n")
     for name in names:
-        text = importlib.util.find_spec(f"trainer.verbs.{name}")
+        text = importlib.util.find_spec(f"trainer.verbs.{name.replace('-', '_')}")
         first = _first_line(text.origin) if text and text.origin else ""
-        print(f"  {name.replace('_', '-'):14s} {first}")
+        print(f"  {name:14s} {first}")
     print("  test           the test suite (pytest's arguments)\n\n./launch.sh VERB --help says more.")
 
 
@@ -69,5 +91,5 @@ def _first_line(path: str) -> str:
 
 
 if __name__ == "__main__":
-    die_with_spawner()
+    follow_parent()
     sys.exit(main(sys.argv[1:]))

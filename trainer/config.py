@@ -48,26 +48,34 @@ class Source:
     def set(self, dotted: str, value: Any, origin: str) -> None:
         """Set one key; a mapping is merged into what is there, anything else replaces it.
 
-        A mapping that names another `kind` replaces the old one as a whole: the keys of the other class mean nothing.
+        Another `kind` drops what lower layers (files, as against arguments) have set beside it: the keys of the other
+        class mean nothing.
         """
         *parents, last = dotted.split(".")
         node = self.values
         for i, part in enumerate(parents):
-            child = node.setdefault(part, {})
-            if not isinstance(child, dict):
-                child = node[part] = {}
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
                 self.origins[".".join(parents[: i + 1])] = origin
-            node = child
+            node = node[part]
         if isinstance(value, Mapping):
-            old = node.get(last)
-            if not isinstance(old, dict) or ("kind" in value and old.get("kind") not in (None, value["kind"])):
+            if not isinstance(node.get(last), dict):
                 node[last] = {}
-            self.origins.setdefault(dotted, origin)
-            for name, item in value.items():
-                self.set(f"{dotted}.{name}", item, origin)
-        else:
-            node[last] = value
-            self.origins[dotted] = origin
+                self.origins[dotted] = origin
+            for name in sorted(value, key=lambda name: name != "kind"):  # the kind first: it drops what was there
+                self.set(f"{dotted}.{name}", value[name], origin)
+            return
+        if last == "kind" and node.get(last) not in (None, value):
+            parent = ".".join(parents)
+            for name in [n for n in node if self.origin(f"{parent}.{n}") != origin]:
+                self._drop(node, name, f"{parent}.{name}")
+        node[last] = value
+        self.origins[dotted] = origin
+
+    def _drop(self, node: dict[str, Any], name: str, dotted: str) -> None:
+        del node[name]
+        for key in [k for k in self.origins if k == dotted or k.startswith(f"{dotted}.")]:
+            del self.origins[key]
 
     def origin(self, dotted: str) -> str:
         """Where a key, or else the mapping around it, came from."""
@@ -84,12 +92,27 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: a key must be text")
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor, which the base class sees to
+                continue
             name = self.construct_object(key_node, deep=True)
             if name in seen:
-                line = key_node.start_mark.line + 1
                 raise yaml.constructor.ConstructorError(None, None, f"line {line}: key {name!r} is given twice")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: a date such as 2024-13-01
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def find_file(name: str) -> Path:
@@ -100,13 +123,14 @@ def find_file(name: str) -> Path:
     """
     configs = PROJECT / "configs"
     for candidate in (Path(name), configs / name, configs / f"{name}.yaml"):
-        if candidate.is_file():
+        if is_file(candidate):
             return candidate
     known = sorted(str(p.relative_to(configs).with_suffix("")) for p in configs.rglob("*.yaml"))
     known = [name for name in known if not name.startswith("base/")]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else "known configs: " + ", ".join(known)
-    raise UserError(f"{name}: there is no such config, neither a file nor under {configs}; {hint}")
+    shown = name if len(name) <= 100 else f"{name[:100]}..."
+    raise UserError(f"{shown}: there is no such config, neither a file nor under {configs}; {hint}")
 
 
 def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
@@ -120,16 +144,20 @@ def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> list[tuple[Path,
         raise UserError(f"{show(path)}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{show(path)}: is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise UserError(f"{show(path)}: is not YAML: {error}") from error
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
         raise UserError(f"{show(path)}: holds {type(mapping).__name__}, wanted `key: value` lines with text keys")
     includes = mapping.pop("include", [])
+    names = [includes] if isinstance(includes, str) else includes
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        cure = "wanted a file beside this one, or a list of them; name it or remove the key"
+        raise UserError(f"{show(path)}: include = {includes!r}: {cure}")
     files: list[tuple[Path, dict[str, Any]]] = []
-    for name in [includes] if isinstance(includes, str) else includes:
+    for name in names:
         included = path.parent / name
-        if not included.is_file():
+        if not is_file(included):
             raise UserError(f"{show(path)}: include: {name}: there is no such file beside it ({show(included)})")
         files += read_yaml(included, (*_including, path))
     return [*files, (path, mapping)]
@@ -161,11 +189,11 @@ def override(source: Source, arguments: Sequence[str]) -> None:
     """
     for text in arguments:
         name, equals, literal = text.partition("=")
-        if not equals or not name or name.startswith("-"):
+        if not equals or not all(name.split(".")) or name.startswith("-"):
             raise UserError(f"{text}: is not an override; write key=value, e.g. optimizer.lr=1e-3")
         try:
             value = yaml.load(literal, _Loader)
-        except yaml.YAMLError:
+        except NOT_YAML:
             value = literal  # a text with a colon or a bracket in it, such as a path
         source.set(name, value, "the command line")
 
@@ -192,20 +220,54 @@ def _explain(model: type[Config], source: Source, detail: ErrorDetails) -> str:
     value, kind = detail["input"], detail["type"]
     context = detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{where}: unknown key; {_nearest(dotted, list(keys_of(model)))}"
+        return f"{where}: {_unknown(model, source, dotted)}"
     if kind == "missing":
         return f"{where}: is missing; add it"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
+    if kind in ("union_tag_invalid", "union_tag_not_found", "model_attributes_type"):
+        kinds = [_kind(member) for member in _members(model, dotted)]
         if not isinstance(value, Mapping):
-            return f"{where} = {value!r}: wanted a mapping with a `kind:`"
+            cure = f"wanted a mapping, as {{kind: {kinds[0]}}}; known kinds: {', '.join(kinds)}"
+            return f"{where} = {value!r}: {cure}"
         if kind == "union_tag_not_found":
-            return f"{where}: needs a `kind`"
-        expected = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
-        return f"{where}.kind = {context['tag']!r}: unknown kind; {_nearest(str(context['tag']), expected)}"
+            return f"{where}: needs a `kind`: one of {', '.join(kinds)}"
+        where = f"{source.origin(f'{dotted}.kind')}: {dotted}.kind"
+        return f"{where} = {context['tag']!r}: unknown kind; {_nearest(str(context['tag']), kinds, [])}"
     message = detail["msg"].removeprefix("Value error, ")
     if isinstance(value, Mapping) and kind == "value_error":
         return f"{where}: {message}"
     return f"{where} = {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(model: type[Config], source: Source, dotted: str) -> str:
+    """Why a key is unknown: it belongs to another kind, or is misspelt."""
+    parent, _, last = dotted.rpartition(".")
+    members = _members(model, parent)
+    node: Any = source.values
+    for part in parent.split(".") if parent else []:
+        node = node[int(part)] if isinstance(node, Sequence) else node[part]
+    chosen = [m for m in members if _kind(m) == node.get("kind")] or members
+    owners = [_kind(m) for m in members if last in m.model_fields]
+    if owners:
+        kinds = " and ".join(owners)
+        return f"unknown key of kind {node.get('kind')}: it belongs to {kinds}; remove it or set {parent}.kind"
+    prefix = f"{parent}." if parent else ""
+    siblings = [f"{prefix}{name}" for member in chosen for name in member.model_fields]
+    return f"unknown key; {_nearest(dotted, siblings, list(keys_of(model)))}"
+
+
+def _members(model: type[Config], dotted: str) -> list[type[Config]]:
+    """The classes that the field of a dotted key may hold; `model` itself for the empty key."""
+    members = [model]
+    for part in dotted.split(".") if dotted else []:
+        if not part.isdigit():  # else a place in a list
+            fields = [m.model_fields[part] for m in members if part in m.model_fields]
+            members = [m for field in fields for m in _models_in(field.annotation)]
+    return members
+
+
+def _kind(model: type[Config]) -> str:
+    field = model.model_fields.get("kind")
+    return str(field.default) if field else ""
 
 
 def _dotted(location: Sequence[int | str], values: Any) -> str:
@@ -227,19 +289,16 @@ def _dotted(location: Sequence[int | str], values: Any) -> str:
     return ".".join(parts)
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    parent = name.rpartition(".")[0]
-    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+def _nearest(name: str, siblings: list[str], elsewhere: list[str]) -> str:
+    """A hint: the nearest of the names that could stand there, else of those at other places, else all siblings."""
     last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
-    elsewhere = [k for k in known if k.rpartition(".")[2] == last]
-    if not elsewhere:
-        elsewhere = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
-    return "known here: " + ", ".join(sorted(k.rpartition(".")[2] for k in siblings) or known)
+    by_last = {sibling.rpartition(".")[2]: sibling for sibling in siblings}
+    if near := difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6):
+        return f"did you mean {by_last[near[0]]}?"
+    others = [key for key in elsewhere if not name.startswith(f"{key}.")]
+    found = [key for key in others if key.rpartition(".")[2] == last]
+    found = found or difflib.get_close_matches(name, others, n=1, cutoff=0.6)
+    return f"did you mean {found[0]}?" if found else "known here: " + ", ".join(sorted(by_last))
 
 
 def _models_in(annotation: Any) -> Iterator[type[Config]]:
@@ -298,6 +357,16 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
 
 def load_yaml(text: str) -> dict[str, Any]:
-    """The inverse of `dump_yaml`."""
-    values = yaml.load(text, _Loader)
+    """The inverse of `dump_yaml`.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        values = yaml.load(text, _Loader)
+    except NOT_YAML as error:
+        raise UserError(
+            f"config.yaml of the run: is not YAML: {error}\nput it back (state.json of each checkpoint holds the "
+            "configuration), or start another run with name=OTHER"
+        ) from error
     return values if isinstance(values, dict) else {}

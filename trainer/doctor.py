@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent  # as in trainer.config, which imports pydantic
-IMPORTS = {"pyyaml": "yaml"}  # where the name of a package is not that of its module
+IMPORTS = {"pyyaml": "yaml", "pillow": "PIL"}  # where the name of a package is not that of its module
 OURS = ("kernels", "trainer", "recipes")
 MIN_SHARED_MEGABYTES = 64
 MIN_DISK_GIGABYTES = 1.0

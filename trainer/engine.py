@@ -7,11 +7,8 @@ decisions (stop, best, plateau, bad samples) are made from numbers that are equa
 
 import logging
 import math
-import os
-import signal
 import time
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
 from trainer.recipe import Recipe, Row, StepOutput
 from trainer.run import Ledger, RunDirectory, append, read_lines
+from trainer.signals import StopSignals
 from trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -66,30 +64,6 @@ class Position:
     """Sound trained on so far."""
     train_seconds: float = 0.0
     """Wall time of all steps so far."""
-
-
-class StopSignals:
-    """Catches SIGTERM, SIGUSR1 and SIGINT: the first asks the loop to save and stop, the second ends at once."""
-
-    NAMES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for name in self.NAMES:
-            self._old[name] = signal.signal(name, self._receive)
-        return self
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
-
-    def __exit__(self, *_: object) -> None:
-        for name, handler in self._old.items():
-            signal.signal(name, handler)
 
 
 class Evaluator:
@@ -147,9 +121,10 @@ class Training:
     Args:
         recipe: with its configuration.
         ranks: this process among all.
+        signals: caught already, so that one that comes before `fit` counts; None catches them in `fit`.
     """
 
-    def __init__(self, recipe: Recipe[Any], ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe[Any], ranks: Ranks, signals: StopSignals | None = None) -> None:
         self.recipe, self.ranks, self.config = recipe, ranks, recipe.config
         config = self.config
         self.run = RunDirectory(config.runs_dir / config.name)
@@ -175,7 +150,7 @@ class Training:
             self.position.total_steps = config.max_steps or len(first) * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
         self.machine = machine.describe()
-        self.signals = StopSignals()
+        self.signals = signals or StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)
         self.tracker = Tracker(
             config.tracking,

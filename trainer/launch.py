@@ -17,10 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, UserError
+from trainer.signals import STOP_SIGNALS, die_with_parent
 
 GRACE_SECONDS = 30.0
 """Time that ranks have to save after SIGTERM before they are killed."""
@@ -28,6 +31,7 @@ AFTER_FAILURE_SECONDS = 5.0
 """Time that the others have to end after one rank failed."""
 STORE = "OSTINATO_STORE"
 MESSAGES = "OSTINATO_MESSAGES"
+PARENT = "OSTINATO_PARENT"
 PORT = 29400
 
 
@@ -74,6 +78,7 @@ def run(arguments: list[str], nproc: int, hosts: list[Host] | None = None, node:
     """Start the ranks of this host as `python -m trainer ARGUMENTS` and wait for them.
 
     Args:
+        arguments: a verb that enters `StopSignals`, and what follows it.
         nproc: processes on this host (without `hosts`).
         hosts: of the whole job; None for this one alone.
         node: number of this host.
@@ -97,37 +102,81 @@ def run(arguments: list[str], nproc: int, hosts: list[Host] | None = None, node:
     environment["WORLD_SIZE"] = str(world_size)
     environment["LOCAL_WORLD_SIZE"] = str(nproc)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    environment["OSTINATO_PARENT"] = str(os.getpid())
+    environment[PARENT] = str(os.getpid())
     ranks: list[subprocess.Popen[bytes]] = []
-
-    def forward(number: int, _: object) -> None:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
-
-    old = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        for local in range(nproc):
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "trainer", *arguments],
-                    env=environment | {"RANK": str(first_rank + local), "LOCAL_RANK": str(local)},
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # so Ctrl-C reaches a rank once, through us
-                )
-            )
-        code = _wait(ranks)
+        with _passing_signals_to(ranks):
+            # A rank inherits this and takes signals from where it enters `StopSignals`: one that comes before waits.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            for local in range(nproc):
+                place = {"RANK": str(first_rank + local), "LOCAL_RANK": str(local)}
+                ranks.append(_start(arguments, environment | place, stdin=subprocess.DEVNULL))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            code = _wait(ranks)
         for message in dict.fromkeys(p.read_text(encoding="utf-8") for p in sorted(folder.glob("message-*"))):
             print(message, file=sys.stderr)
         return code
     finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-            rank.wait()
-        for number, handler in old.items():
-            signal.signal(number, handler)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(arguments: list[str], environment: dict[str, str], stdin: int | None = None) -> subprocess.Popen[bytes]:
+    """Start `python -m trainer ARGUMENTS`, in a session of its own, so that Ctrl-C reaches it once, through us."""
+    command = [sys.executable, "-m", "trainer", *arguments]
+    return subprocess.Popen(command, env=environment, stdin=stdin, start_new_session=True)
+
+
+@contextmanager
+def _passing_signals_to(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass stop signals on to processes; at the end none of them is left.
+
+    Yields:
+        the signals that came so far.
+    """
+    came: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        came.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    old = {name: signal.signal(name, forward) for name in STOP_SIGNALS}
+    try:
+        yield came
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for name, handler in old.items():
+            signal.signal(name, handler)
+
+
+def story(config: str, overrides: list[str]) -> int:
+    """Prepare, train, evaluate and report, one after the other; a signal goes to the one at work, and no other follows.
+
+    Returns:
+        the exit code of the first verb that did not end with 0; 128 + n for a signal n.
+    """
+    name = config.replace("/", "-")
+    data = [text for text in overrides if not text.startswith("nproc=")]
+    running: list[subprocess.Popen[bytes]] = []
+    with _passing_signals_to(running) as came:
+        for arguments in (
+            ["prepare", config, *data],
+            ["train", config, *overrides],
+            ["evaluate", name],
+            ["report", name],
+        ):
+            running[:] = [_start(arguments, os.environ | {PARENT: str(os.getpid())})]
+            if came:  # while this one was being started
+                running[0].send_signal(came[-1])
+            code = running[0].wait()
+            if code or came:
+                return (code if code >= 0 else 128 - code) or EXIT_REQUEUE
+    return 0
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
@@ -155,18 +204,12 @@ def tell(message: str) -> None:
     """Say what the user did wrong; a rank leaves that to its spawner, which says it once."""
     folder, rank = os.environ.get(MESSAGES), int(os.environ.get("RANK", "0"))
     if folder and Path(folder).is_dir():
-        (Path(folder) / f"message-{rank:05d}").write_text(message, encoding="utf-8")
+        (Path(folder) / f"message-{rank:05d}").write_text(message, encoding="utf-8", errors="backslashreplace")
     else:
         print(f"rank {rank}: {message}" if rank else message, file=sys.stderr)
 
 
-def die_with_spawner() -> None:
-    """In a rank: end when the spawner does, even if that is killed."""
-    parent = os.environ.get("OSTINATO_PARENT")
-    if parent is None:
-        return
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):
-        os._exit(1)
+def follow_parent() -> None:
+    """In a process that was started here: end when the one that started it does, even if that is killed."""
+    if (parent := os.environ.pop(PARENT, None)) is not None:
+        die_with_parent(int(parent))

@@ -16,6 +16,7 @@ from trainer.config import Config
 
 AVERAGE = "average"
 """Slot of the exponential moving average of a weight."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _OptimizerConfig(Config):
@@ -34,7 +35,7 @@ class AdamWConfig(_OptimizerConfig):
     """Loshchilov & Hutter 2019, arXiv:1711.05101."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
 
     def make(self, groups: list[dict[str, Any]]) -> "Guarded":

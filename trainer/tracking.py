@@ -4,6 +4,7 @@ W&B never blocks a run and never ends it: without a key, a server or the package
 and says so once. This is the only module that knows it.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +26,22 @@ from trainer.data.dataset import Media
 log = logging.getLogger(__name__)
 
 
+Mode = Literal["online", "offline", "disabled"]
+MODES: dict[str, Mode] = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""Values of WANDB_MODE, with W&B's older names."""
+
+
 class TrackingConfig(Config):
     """Weights & Biases and the console."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online if a key is at hand, offline otherwise."""
+    """auto: what WANDB_MODE says, else online if a key is at hand, and offline otherwise."""
     project: str = "ostinato"
     entity: str | None = None
     group: str | None = None
@@ -65,6 +77,7 @@ class Tracker:
         self.folder = folder
         self.active = active
         self._run: Any = None
+        self._variables: list[str] = []  # of the environment, set for this run
         self._last_line = 0.0
         self._last_step = 0
         if not active:
@@ -72,10 +85,10 @@ class Tracker:
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             console=self._console,
             disable=not sys.stderr.isatty(),
@@ -83,8 +96,9 @@ class Tracker:
         self._task = self._progress.add_task(name, total=total_steps, numbers="")
         self._progress.start()
         self._complete = folder / "wandb" / "complete-to-step"
-        if config.wandb != "disabled":
-            self._run = self._start_wandb(name, settings)
+        mode = self._mode()
+        if mode != "disabled":
+            self._run = self._start_wandb(mode, name, settings)
             self._send_what_was_lost()
 
     def _identity(self) -> str:
@@ -97,20 +111,43 @@ class Tracker:
             temporary.replace(path)
         return path.read_text(encoding="utf-8")
 
-    def _start_wandb(self, name: str, settings: dict[str, Any]) -> Any:
-        # Audio in tables is staged in these two folders; inside the run directory it can be moved and synced with it.
-        for variable, part in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
-            os.environ.setdefault(variable, str((self.folder / "wandb" / part).resolve()))
+    def _mode(self) -> Mode:
+        """online, offline or disabled."""
+        if (given := self.config.wandb) != "auto":
+            return given
+        wanted = os.environ.get("WANDB_MODE", "").lower()
+        if wanted and wanted not in MODES:
+            log.warning("WANDB_MODE = %r is none of %s: W&B stays offline", wanted, ", ".join(MODES))
+            return "offline"
+        return MODES.get(wanted) or ("online" if has_key() else "offline")
+
+    def _set_environment(self) -> None:
+        """Stage the audio of tables inside the run directory, so that it can be moved and synced as a whole."""
+        for variable, value in {
+            "WANDB_DATA_DIR": str((self.folder / "wandb" / "data").resolve()),
+            "WANDB_CACHE_DIR": str((self.folder / "wandb" / "cache").resolve()),
+            "WANDB_ERROR_REPORTING": "false",
+            "WANDB_SILENT": "true",
+        }.items():
+            if variable not in os.environ:
+                os.environ[variable] = value
+                self._variables.append(variable)
+        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             Path(os.environ[variable]).mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        os.environ.setdefault("WANDB_SILENT", "true")
+
+    def _restore_environment(self) -> None:
+        """The next run of this process has folders of its own."""
+        while self._variables:
+            os.environ.pop(self._variables.pop(), None)
+
+    def _start_wandb(self, mode: Mode, name: str, settings: dict[str, Any]) -> Any:
         try:
+            self._set_environment()
             import wandb
 
-            identity, mode = self._identity(), self.config.wandb
-            if mode == "auto":
-                mode = "online" if has_key() else "offline"
-            for attempt in dict.fromkeys((mode, "offline")):
+            identity = self._identity()
+            attempts: dict[Mode, None] = dict.fromkeys((mode, "offline"))
+            for attempt in attempts:
                 try:
                     run = wandb.init(
                         project=self.config.project,
@@ -135,6 +172,7 @@ class Tracker:
                 return run
         except Exception as error:
             log.warning("W&B is not used (%s)", error)
+        self._restore_environment()
         return None
 
     def _send_what_was_lost(self) -> None:
@@ -156,7 +194,7 @@ class Tracker:
         now = time.monotonic()
         if self._progress.disable and now - self._last_line >= self.config.console_seconds:
             self._last_line = now
-            print(f"step {row['step']}  {line}", file=sys.stderr, flush=True)
+            self._show(lambda: print(f"step {row['step']}  {line}", file=sys.stderr, flush=True))
         if row["step"] % self.config.log_every_steps == 0:
             self._row({"kind": "train", **row})
 
@@ -210,7 +248,15 @@ class Tracker:
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         if self.active:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._show(lambda: self._console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+    def _show(self, write: Callable[[], None]) -> None:
+        """Write to the console; where nobody reads it any more (`| head`), the run goes on without one."""
+        try:
+            write()
+        except (OSError, SystemExit):  # the second is rich's answer to a closed pipe
+            with contextlib.suppress(OSError):  # else what is left in it is tried, and fails, at the very end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def finish(self, exit_code: int = 0) -> None:
         """Close everything; waits for W&B a minute at most."""
@@ -220,19 +266,23 @@ class Tracker:
         self._metrics.close()
         if self._run is not None:
             try:
+                import wandb
+
                 self._run.finish(exit_code=exit_code)
+                wandb.teardown()  # its service keeps the folders it was started with
                 if self._last_step:
                     self._complete.write_text(str(self._last_step), encoding="utf-8")
             except Exception as error:
                 log.warning("W&B did not finish: %s", error)
+        self._restore_environment()
 
 
 def has_key() -> bool:
     """Whether W&B would find a key without asking."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
+        netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         return "wandb" in netrc.read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # none, not text, no home
         return False

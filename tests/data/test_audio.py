@@ -80,6 +80,14 @@ def test_the_plan_knows_the_length_after_a_change_of_speed(speed: float, length:
     assert stretched(np.array([length]), np.array([speed]), 16000).tolist() == [made]
 
 
+def test_the_original_speed_is_drawn_only_if_it_is_named(corpus) -> None:
+    dataset = recipe.load(
+        "speech/tones", overrides(corpus, corpus, "data.augment.speeds=[0.9, 0.95]", "plan.micro_batch_seconds=60")
+    ).build_dataset("train")
+    steps = dataset.plan.epoch(0)
+    assert {s for step in steps for m in step.micro_batches for s in m.speeds} == {0.9, 0.95}
+
+
 def test_spec_augment_is_a_function_of_the_key() -> None:
     augment = SpecAugment(AugmentConfig(time_masks=2, frequency_masks=2))
     x = torch.ones(3, 100, 80)

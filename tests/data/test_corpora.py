@@ -168,6 +168,15 @@ BAD_LINES = {
     "no file": ('{"audio": "clips/z.wav", "text": "a"}', "key clips_z: audio = 'clips/z.wav': there is no such file"),
     "split": ('{"audio": "clips/a.wav", "text": "a", "split": "dev"}', "split = 'dev': wanted one of train, valid"),
     "offset": ('{"audio": "clips/a.wav", "text": "a", "offset": 1.5}', "offset = 1.5: parts of longer recordings"),
+    "number": ('{"audio": "clips/a.wav", "text": 5, "key": "K"}', "key K: text = 5: is not text; write it in quotes"),
+    "list": ('{"audio": "clips/a.wav", "text": ["a"], "key": "K"}', "text = ['a']: is not text"),
+    "false": ('{"audio": "clips/a.wav", "text": false, "key": "K"}', "text = False: is not text"),
+    "audio as a list": ('{"audio": ["clips/a.wav"], "text": "a"}', "audio = ['clips/a.wav']: is not text"),
+    "field twice": ('{"audio": "clips/a.wav", "text": "a", "text": "b"}', "the field 'text' is given twice"),
+    "half a character": ('{"audio": "clips/a.wav", "text": "a\\ud800"}', r"holds '\ud800', which is no character"),
+    "control character": ('{"audio": "clips/a.wav", "text": "a\\u0000"}', r"holds '\x00', which is no character"),
+    "deep": ("[" * 100_000, "is not JSON"),
+    "no path": ('{"audio": "a\\u0000\\ud800", "text": "a"}', "there is no such file"),
     "twice": ('{"audio": "clips/b.c.wav", "text": "a", "key": "first"}', "key = 'first': is that of"),
 }
 
@@ -184,6 +193,37 @@ def test_manifest_names_its_bad_lines(clips: Path, name: str) -> None:
     for number, (line, (_, part)) in enumerate(zip(shown, bad, strict=True), 2):
         assert f"x.jsonl line {number}: " in line
         assert part in line
+
+
+BAD_TABLES = {
+    "quote": ('audio,text\nclips/a.wav,"open\nclips/b.c.wav,b\n', "x.csv line 2: cannot be read as a row"),
+    "quote inside": ('audio,text\nclips/a.wav,a\n\nclips/b.c.wav,"b" c\n', "is a quote open that should be closed?"),
+    "huge": (f"audio,text\nclips/a.wav,{'a' * 140_000}\n", "x.csv line 2: cannot be read as a row (field larger"),
+    "comma": ("audio,text\nclips/a.wav,hello, you\n", "x.csv line 2: has 3 fields, the heading 2; put a field"),
+    "control character": ("audio,text\nclips/a.wav,a\0b\n", "x.csv line 2: "),
+    "semicolons": (
+        "audio;text\nclips/a.wav;a\n",
+        "x.csv line 1: the heading names 'audio;text': wanted audio and text",
+    ),
+    "no heading": ("clips/a.wav,a\nclips/b.c.wav,b\n", "x.csv line 1: the heading names 'clips/a.wav', 'a'"),
+    "column twice": ("audio,text,text\nclips/a.wav,a,b\n", "each once"),
+    "empty": ("", "x.csv line 1: the heading names nothing"),
+    "after two lines in one": (
+        'audio,text\nclips/a.wav,"a\nb"\n\nclips/z.wav,b\n',
+        "x.csv line 5: key clips_z: audio = 'clips/z.wav': there is no such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_table_names_its_bad_rows(clips: Path, name: str) -> None:
+    text, wanted = BAD_TABLES[name]
+    (clips / "x.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        ManifestConfig(files=(clips / "x.csv",)).utterances(clips, no_progress)
+    shown = str(caught.value).splitlines()
+    assert len(shown) == 1, shown
+    assert wanted in shown[0]
 
 
 def test_manifest_without_files_says_what_to_set(tmp_path: Path) -> None:

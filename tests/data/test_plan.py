@@ -1,5 +1,7 @@
 """The plan is a pure function: every sample once, similar lengths together, nothing of the world in it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -156,3 +158,17 @@ def test_ranks_share_a_step_in_equal_rounds(world_size: int) -> None:
 
 def test_an_empty_split_has_no_steps() -> None:
     assert BucketedPlan(CONFIG, make_lengths(0), seed=1).epoch(0) == []
+
+
+def test_a_speed_that_is_only_there_to_fall_back_on_is_not_drawn() -> None:
+    """What `augment.speeds: [0.9, 1.1]` means: 1 is for samples that 1.1 leaves too short."""
+    lengths = make_lengths(speeds=(0.9, 1.1, 1.0))
+    lengths.feasible[1, :50] = False
+    plan = BucketedPlan(CONFIG, replace(lengths, num_drawn=2), seed=1)
+    speeds = {
+        row: s for step in plan.epoch(0) for m in step.micro_batches for row, s in zip(m.samples, m.speeds, strict=True)
+    }
+    drawn = [speeds[row] for row in range(50, 700)]
+    assert set(drawn) == {0.9, 1.1}
+    assert 250 < drawn.count(0.9) < 400
+    assert {speeds[row] for row in range(50)} == {0.9, 1.0}

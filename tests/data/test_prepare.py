@@ -22,7 +22,7 @@ from trainer.data.corpora.base import split_by_text
 from trainer.data.corpora.manifest import ManifestConfig
 from trainer.data.corpora.tones import TonesConfig
 from trainer.data.index import Index
-from trainer.data.prepare import prepare
+from trainer.data.prepare import _signals_put_off, prepare
 from trainer.data.speech import Prepared, SpeechDataConfig
 from trainer.data.text import TextConfig, ctc_frames
 from trainer.errors import UserError
@@ -161,6 +161,7 @@ def test_a_changed_clip_changes_its_shard_only(
     assert "1 of 4 shards written" in capsys.readouterr().out
     write_manifest(tmp_path, rows[:4] + rows[8:])
     prepared = prepare(config, processes=1)
+    assert "1 shards of an earlier preparation were removed" in capsys.readouterr().out
     assert prepared.splits["train"].shards == len(list((config.path / "train").glob("*.tar"))) == 1
     assert prepared == Prepared.load(config.path)
 
@@ -205,6 +206,33 @@ def test_all_that_is_bad_is_named_at_once(tmp_path: Path, rows: list[dict[str, A
     assert {p.parent.name for p in config.path.rglob("*.tar")} == {"train", "valid"}
     assert len(list(config.path.rglob("*.tar"))) == 2, "the good shards are there"
     assert not (config.path / "corpus.json").exists()
+
+
+def test_audio_that_ends_early_is_named(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    whole = (tmp_path / "4.wav").read_bytes()
+    (tmp_path / "4.wav").write_bytes(whole[:2000])
+    streamed = bytearray((tmp_path / "5.wav").read_bytes())
+    streamed[40:44] = b"\xff\xff\xff\xff"  # what a pipe writes, which does not know the length
+    (tmp_path / "5.wav").write_bytes(streamed)
+    soundfile.write(tmp_path / "6.mp3", np.random.default_rng(0).uniform(-0.1, 0.1, 4 * RATE), RATE)
+    (tmp_path / "7.mp3").write_bytes((tmp_path / "6.mp3").read_bytes()[: (tmp_path / "6.mp3").stat().st_size // 2])
+    rows[6]["audio"], rows[7]["audio"] = "6.mp3", "7.mp3"
+    write_manifest(tmp_path, rows)
+    with pytest.raises(UserError) as caught:
+        prepare(settings(tmp_path), processes=1)
+    first, second, _ = str(caught.value).splitlines()
+    assert "line 5: key 4" in first
+    assert "4.wav: ends early, with 1,956 of the 4,080 bytes of sound that its header names; replace" in first
+    assert "7.mp3: ends early, with " in second
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_folder_of_another_corpus_is_left_alone(tmp_path: Path) -> None:
+    prepare(settings(tmp_path), processes=1)
+    before = bytes_of(tmp_path / "made")
+    with pytest.raises(UserError, match=r"corpus\.json: the folder holds the corpus manifest, not .* = tones"):
+        prepare(settings(tmp_path, corpus=TonesConfig(num_utterances=40)), processes=1)
+    assert bytes_of(tmp_path / "made") == before
 
 
 def test_letters_of_other_splits_must_be_those_of_training(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
@@ -261,11 +289,20 @@ ENDLESS = """
 import sys
 from pathlib import Path
 from trainer.data.corpora.tones import TonesConfig
-from trainer.data.prepare import prepare
+from trainer.data.prepare import _signals_put_off, prepare
 from trainer.data.speech import SpeechDataConfig
 corpus = TonesConfig(num_utterances=3000)
 prepare(SpeechDataConfig(corpus=corpus, path=Path(sys.argv[1]), samples_per_shard=4), processes=2)
 """
+
+
+def test_a_signal_waits_until_the_pool_can_be_left() -> None:
+    """An exception in the middle of the pool's own code would leave a lock held, and the process waiting for it."""
+    with _signals_put_off() as take_signal:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            take_signal()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)

@@ -14,13 +14,16 @@ import soundfile
 import torch
 import torchaudio
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.errors import UserError
 
 LOG_FLOOR = 1e-6
 """Added to a band's energy before the logarithm: about the noise of 16-bit audio."""
+MIN_SAMPLE_RATE_HZ = 1000
+"""Below it a window of a millisecond would hold no sample."""
 
 
 class FeaturesConfig(Config):
@@ -28,13 +31,15 @@ class FeaturesConfig(Config):
 
     num_bands: PositiveInt = 80
     """F, mel bands from 20 Hz to half the sample rate."""
-    window_ms: float = Field(25.0, gt=0)
+    window_ms: float = Field(25.0, ge=1, le=1000)
     """Hann window."""
-    hop_ms: float = Field(10.0, gt=0)
+    hop_ms: float = Field(10.0, ge=1, le=1000)
     where: Literal["worker", "model"] = "worker"
     """Computed clip by clip in the loader (best on a CPU) or as the model's first layer (best on a GPU)."""
 
     def build(self, sample_rate_hz: int) -> "LogMel":
+        if sample_rate_hz < MIN_SAMPLE_RATE_HZ:
+            raise UserError(f"data.sample_rate_hz = {sample_rate_hz}: wanted {MIN_SAMPLE_RATE_HZ} or more")
         return LogMel(self, sample_rate_hz)
 
 
@@ -98,7 +103,8 @@ class AugmentConfig(Config):
     """What training does to a clip; validation and test never see it."""
 
     speeds: tuple[float, ...] = (1.0,)
-    """Speed and pitch factors, one drawn a clip and epoch (Ko et al. 2015), e.g. [0.9, 1.0, 1.1]."""
+    """Speed and pitch factors, one drawn a clip and epoch (Ko et al. 2015), e.g. [0.9, 1.0, 1.1]. A clip that would be
+    too short for its labels, or too long, is left at 1."""
     time_masks: int = Field(0, ge=0)
     """SpecAugment (Park et al. 2019, arXiv:1904.08779): masks along time a clip."""
     time_mask_frames: int = Field(30, ge=1)
@@ -109,6 +115,13 @@ class AugmentConfig(Config):
     """Masks along frequency a clip."""
     frequency_mask_bands: int = Field(15, ge=1)
     """Widest frequency mask."""
+
+    @field_validator("speeds")
+    @classmethod
+    def _speeds_can_be_played(cls, speeds: tuple[float, ...]) -> tuple[float, ...]:
+        if not speeds or not all(0.1 <= speed <= 10 for speed in speeds):
+            raise ValueError("wanted one or more factors from 0.1 to 10; take [1.0] for none")
+        return speeds
 
 
 class SpecAugment(nn.Module):

@@ -1,6 +1,5 @@
 """The batches of one rank, in the order of the plan, loaded ahead by worker processes."""
 
-import ctypes
 import os
 import signal
 import time
@@ -12,24 +11,16 @@ from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data.dataset import Batch, Dataset
 from trainer.data.plan import MicroBatch, Step, mine
+from trainer.signals import STOP_SIGNALS, die_with_parent
 
 AHEAD = 4
 """Micro-batches that each worker prepares in advance."""
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when the one that started it ends (Linux)."""
-    parent = os.getppid()
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended in between
-        os._exit(1)
-
-
 def _start_worker(_: int) -> None:
-    die_with_parent()
+    die_with_parent(os.getppid())
     torch.set_num_threads(1)
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # the rank decides when to stop
+    for name in STOP_SIGNALS:  # the rank decides when to stop
         signal.signal(name, signal.SIG_IGN)
 
 

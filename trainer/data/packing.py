@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from trainer.errors import UserError
 FORMAT = 1
 """Of the shards and the notes about them: another number makes all of them anew."""
 NOTES = ".prepare"
+UNKNOWN_BYTES = 0x7FFFF000
+"""From this size on a WAV header says that its writer, a pipe, did not know it."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,11 @@ def read_audio(utterance: Utterance, sample_rate_hz: int) -> NDArray[np.int16]:
     cure = "replace the file or remove the line"
     try:
         if isinstance(audio, Path):
-            channels, rate = soundfile.read(audio, dtype="float32", always_2d=True)
+            with soundfile.SoundFile(audio) as file:
+                channels, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+                missing = _missing(file, len(channels))
+            if missing:
+                raise AudioError(f"{named}: ends early, {missing}; {cure}")
             wave = channels.mean(axis=1) if channels.shape[1] > 1 else channels[:, 0]
         else:
             wave, rate = audio()
@@ -203,6 +210,17 @@ def read_audio(utterance: Utterance, sample_rate_hz: int) -> NDArray[np.int16]:
         wave = _resampler(rate, sample_rate_hz)(torch.from_numpy(np.ascontiguousarray(wave))).numpy()
     clipped: NDArray[np.int16] = np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
     return clipped
+
+
+def _missing(file: soundfile.SoundFile, num_read: int) -> str:
+    """What a file that was cut short lacks, or nothing."""
+    # Of WAV, AIFF and AU, libsndfile corrects the length by the size of the file, and says so here.
+    found = re.search(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.M)
+    if found and int(found[2]) < int(found[1]) < UNKNOWN_BYTES:
+        return f"with {int(found[2]):,} of the {int(found[1]):,} bytes of sound that its header names"
+    if num_read < 0.99 * file.frames:  # of some MP3 the length is an estimate
+        return f"with {num_read:,} of the {file.frames:,} samples that its header names"
+    return ""
 
 
 @lru_cache(maxsize=8)

@@ -101,6 +101,8 @@ class Lengths:
     feasible: NDArray[np.bool_]
     """(S, N): whether the sample can be learnt at each speed (CTC: enough output frames)."""
     speeds: tuple[float, ...] = (1.0,)
+    num_drawn: int | None = None
+    """So many of the speeds, from the first on, are drawn; the rest are there to fall back on. None: all are."""
 
 
 class BucketedPlan:
@@ -155,12 +157,13 @@ class BucketedPlan:
         return [self._step(epoch, i, group, speed, seconds) for i, group in enumerate(groups)]
 
     def _draw_speeds(self, epoch: int) -> NDArray[np.int64]:
-        """Number of the speed of each sample: a slower one where the drawn one leaves too little time or too much."""
+        """Number of the speed of each sample: 1 where the drawn one leaves too little time or takes too much."""
         lengths = self.lengths
         plain = np.full(len(lengths.keys), self._plain, dtype=np.int64)
         if not self.shuffle or len(lengths.speeds) == 1:
             return plain
-        draw = keyed.uniform(lengths.sample_keys, self.seed, epoch, "speed") * len(lengths.speeds)
+        choices = lengths.num_drawn or len(lengths.speeds)
+        draw = keyed.uniform(lengths.sample_keys, self.seed, epoch, "speed") * choices
         drawn = draw.astype(np.int64)
         fits = np.take_along_axis(lengths.feasible, drawn[None], 0)[0]
         fits &= np.take_along_axis(lengths.seconds, drawn[None], 0)[0] <= self.config.micro_batch_seconds

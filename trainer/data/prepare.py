@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_connection
@@ -33,10 +33,13 @@ from trainer.data.packing import NOTES, Note, Sample, Task, feature_settings, is
 from trainer.data.speech import BandStatistics, Prepared, SpeechDataConfig, SplitInfo, write_prepared
 from trainer.data.text import UnknownCharacterError
 from trainer.errors import RequeueError, UserError
+from trainer.signals import STOP_SIGNALS
 
 MIN_DEVIATION = 1e-3
 """Of a band: one that is silent everywhere must not be divided by zero."""
 PLAIN_LINE_SECONDS = 10.0
+SIGNAL_SECONDS = 0.2
+"""A signal waits so long at most."""
 
 
 def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
@@ -52,7 +55,7 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
     Raises:
         UserError: the corpus cannot be had, or some of it is unusable: all of that in one message, after
             the shards of the rest were written.
-        RequeueError: SIGTERM came; what was finished is kept.
+        RequeueError: SIGTERM or SIGUSR1 came; what was finished is kept.
     """
     started = time.monotonic()
     console = rich.console.Console()
@@ -62,6 +65,7 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
     except OSError as error:
         raise UserError(f"data.path = {root}: cannot be made: {error.strerror}; choose another folder") from error
     with _only_one(root), _stop_by_exception(), _Display(console) as display:
+        _refuse_another_corpus(config)
         problems: list[str] = []
         try:
             utterances = config.corpus.utterances(root, display)
@@ -82,6 +86,8 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
             raise UserError(f"{listing(problems)}\n{cure}")
         for shard in stale:
             _remove(shard)
+        if stale:
+            console.print(f"{len(stale)} shards of an earlier preparation were removed", highlight=False)
         prepared = _summary(config, alphabet, tasks)
         if not _is_written(prepared, root):
             write_prepared(prepared, root)
@@ -102,9 +108,6 @@ def _clean(
     samples: dict[SplitName, list[Sample]] = {split: [] for split in SPLITS}
     places: dict[str, str] = {}
     alphabet = config.text.alphabet
-    if alphabet is not None and len(set(alphabet)) != len(alphabet):
-        twice = "".join(sorted({c for c in alphabet if alphabet.count(c) > 1}))
-        raise UserError(f"data.text.alphabet = {alphabet!r}: holds {twice!r} twice; write each character once")
     for utterance in utterances:
         if places.setdefault(utterance.key, utterance.where) != utterance.where:
             first = places[utterance.key]
@@ -174,6 +177,23 @@ def _plan(config: SpeechDataConfig, samples: dict[SplitName, list[Sample]], prob
     ]
 
 
+def _refuse_another_corpus(config: SpeechDataConfig) -> None:
+    """Look at what the folder holds before anything in it is replaced.
+
+    Raises:
+        UserError: a corpus of another kind, whose shards would be lost.
+    """
+    try:
+        made = Prepared.load(config.path).corpus
+    except UserError:  # nothing is made yet, or only half
+        return
+    if made != config.corpus.kind:
+        raise UserError(
+            f"{show(config.path / 'corpus.json')}: the folder holds the corpus {made}, not data.corpus.kind = "
+            f"{config.corpus.kind}, and its shards would be lost; choose another data.path, or delete the folder"
+        )
+
+
 def _stale(root: Path, tasks: list[Task]) -> list[Path]:
     """Shards of an earlier preparation that this one does not have.
 
@@ -228,29 +248,58 @@ def _results(tasks: list[Task], processes: int) -> Generator[tuple[int, list[str
     # Forked: a spawned worker spends seconds on importing torch, and wants a main module that can be imported.
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     pool = ProcessPoolExecutor(processes, context, _start_worker, ())
+    with _signals_put_off() as take_signal:
+        try:
+            running: dict[Future[list[str]], int] = {pool.submit(write_shard, t): n for n, t in enumerate(tasks)}
+            while running:
+                take_signal()
+                for future in wait(running, SIGNAL_SECONDS, FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "prepare: a worker process was killed, most often because the memory was used up; finished shards are "
+                "kept, run the command again with fewer processes"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals_put_off() -> Iterator[Callable[[], None]]:
+    """Keep signals until they are asked for: an exception that a handler raises inside the pool's code would leave one
+    of its locks held for ever.
+
+    Yields:
+        what lets the first one that came go to its own handler, which may raise.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None  # only the main thread has handlers
+        return
+    came: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in STOP_SIGNALS}
+
+    def take() -> None:
+        if came and callable(handler := handlers[signal.Signals(number := came.pop())]):
+            handler(number, None)
+
     try:
-        running: dict[Future[list[str]], int] = {pool.submit(write_shard, t): n for n, t in enumerate(tasks)}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "prepare: a worker process was killed, most often because the memory was used up; finished shards are "
-            "kept, run the command again with fewer processes"
-        ) from error
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
+        yield take
+        take()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _start_worker() -> None:
     """Leave signals to the parent, and go when it has gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
     process = multiprocessing.parent_process()
     assert process is not None
@@ -284,19 +333,20 @@ def _only_one(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_by_exception() -> Iterator[None]:
-    """SIGTERM becomes an exception, so that workers and half-written files are cleared away."""
+    """SIGTERM and SIGUSR1 become an exception, so that workers and half-written files are cleared away."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise RequeueError("prepare was stopped by SIGTERM; finished shards are kept, run it again to go on")
+        raise RequeueError("prepare was stopped by a signal; finished shards are kept, run it again to go on")
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Display:

@@ -131,7 +131,8 @@ class SpeechDataset:
         self.spec_augment = SpecAugment(config.augment)
         self.index = Index.load(config.path / split, config.sample_rate_hz)
         speeds = config.augment.speeds if self.training else (1.0,)
-        if 1.0 not in speeds:
+        num_drawn = len(speeds)
+        if 1.0 not in speeds:  # to fall back on, see `Lengths`
             speeds = (*speeds, 1.0)
         num_samples = np.stack(
             [stretched(self.index.num_samples, np.full(len(self.index), s), config.sample_rate_hz) for s in speeds]
@@ -147,6 +148,7 @@ class SpeechDataset:
                 seconds=num_samples / config.sample_rate_hz,
                 feasible=frames >= self.index.ctc_frames,
                 speeds=speeds,
+                num_drawn=num_drawn,
             ),
             seed,
             shuffle=self.training,

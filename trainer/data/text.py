@@ -1,13 +1,22 @@
 """Text to labels and back: normalisation and character tokens."""
 
 import itertools
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal
+
+from pydantic import Field, field_validator
 
 from trainer.config import Config
 
 BLANK = 0
 """Label of the CTC blank; the characters follow from 1 on."""
+
+
+def not_text(text: str) -> str:
+    """The characters that no written text holds: control characters (but for white space) and halves of a character,
+    as in JSON's "\\ud800"."""
+    return "".join(sorted({c for c in text if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace()}))
 
 
 class UnknownCharacterError(ValueError):
@@ -17,12 +26,22 @@ class UnknownCharacterError(ValueError):
 class TextConfig(Config):
     """How a transcript becomes labels."""
 
-    alphabet: str | None = None
+    alphabet: str | None = Field(None, min_length=1)
     """The characters of the labels, in order; null takes those of the training transcripts."""
     lowercase: bool = True
     """Fold case before anything else."""
     unknown: Literal["error", "space", "drop"] = "error"
     """A character outside the alphabet stops `prepare`, becomes a space, or disappears."""
+
+    @field_validator("alphabet")
+    @classmethod
+    def _characters_are_distinct(cls, alphabet: str | None) -> str | None:
+        twice = "".join(sorted({c for c in alphabet or "" if str(alphabet).count(c) > 1}))
+        if twice:
+            raise ValueError(f"holds {twice!r} more than once; write each character once")
+        if bad := not_text(alphabet or ""):
+            raise ValueError(f"holds {bad!r}, which is no character of a text; take it out")
+        return alphabet
 
     def normalise(self, text: str) -> str:
         """Text as it is trained on and scored: folded, cleaned, single spaces.

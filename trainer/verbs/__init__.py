@@ -32,13 +32,16 @@ def take(overrides: list[str], name: str) -> tuple[str | None, list[str]]:
     return (found[-1] if found else None), [o for o in overrides if not o.startswith(f"{name}=")]
 
 
-def open_run(arguments: argparse.Namespace) -> "tuple[RunDirectory, Recipe[Any], Split]":
+def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunDirectory, Recipe[Any], Split]":
     """RUN [split=SPLIT] [key=value ...]: the run, its recipe with the saved configuration, and the split (test).
 
+    Args:
+        weights: check that the saved weights fit the model of this configuration.
+
     Raises:
-        UserError: no such run or split.
+        UserError: no such run or split, or the weights do not fit.
     """
-    from trainer.config import show
+    from trainer.config import differences, plain, show
     from trainer.errors import UserError
     from trainer.recipe import Split, from_plain
     from trainer.run import RunDirectory
@@ -47,8 +50,39 @@ def open_run(arguments: argparse.Namespace) -> "tuple[RunDirectory, Recipe[Any],
     split = next((s for s in get_args(Split) if s == (given or "test")), None)
     if split is None:
         raise UserError(f"the command line: split = {given!r}: wanted train, valid or test")
-    run = RunDirectory.existing(arguments.run)
-    return run, from_plain(run.saved_config(), show(run.config), overrides), split
+    try:
+        run = RunDirectory.existing(arguments.run)
+        saved = run.saved_config()
+    except (OSError, ValueError) as error:  # a name that no folder can have; not text
+        raise UserError(f"{arguments.run[:100]}: is no run directory, or has a damaged config.yaml: {error}") from error
+    trained, recipe = from_plain(saved, show(run.config)), from_plain(saved, show(run.config), overrides)
+    changed = [d for d in differences(plain(trained.config), recipe.config) if d[0].startswith("model.")]
+    if changed:
+        lines = [f"the command line: {name} = {new!r}: the run was trained with {old!r}" for name, old, new in changed]
+        raise UserError("\n".join(lines) + "\na trained model keeps its shape: leave it out, or train another run")
+    if weights:
+        _check_shapes(run, recipe)
+    return run, recipe, split
+
+
+def _check_shapes(run: "RunDirectory", recipe: "Recipe[Any]") -> None:
+    from trainer import checkpoint
+    from trainer.config import show
+    from trainer.errors import UserError
+
+    found = checkpoint.newest(run.checkpoints)
+    saved = found.state["shapes"] if found else {}
+    shapes = {name: list(value.shape) for name, value in recipe.build_model().state_dict().items()} if found else {}
+    lines = [
+        f"{show(run.path)}: {name} is {saved.get(name, 'absent')} in its checkpoint, {shapes.get(name, 'absent')} with "
+        "the data of this configuration"
+        for name in sorted({*saved, *shapes})
+        if saved.get(name) != shapes.get(name)
+    ]
+    if lines:
+        raise UserError(
+            "\n".join(lines) + "\nthe run was trained on other data or another alphabet: name those, with data.path=..."
+        )
 
 
 def positive(text: str | None, name: str) -> int | None:
@@ -61,6 +95,6 @@ def positive(text: str | None, name: str) -> int | None:
 
     if text is None:
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise UserError(f"the command line: {name} = {text!r}: wanted a whole number from 1 on")
     return int(text)

@@ -27,6 +27,7 @@ def main(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from trainer import distributed
     from trainer.recipe import load
@@ -41,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
     dummies = sum(rounds * world_size - len(step.micro_batches) for step in steps)
     model = recipe.build_model()
 
-    table = Table(show_header=False, title=f"{config.name}, epoch 1 on {world_size} process(es)")
+    table = Table(show_header=False, title=Text(f"{config.name}, epoch 1 on {world_size} process(es)"))
     table.add_row("samples", f"{counts.get('samples', 0):,.0f} of {len(dataset):,}")
     reasons: dict[str, int] = {}
     for rejection in dataset.plan.rejections:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    run, recipe, split = open_run(arguments)
+    run, recipe, split = open_run(arguments, weights=False)
 
     from trainer import report
     from trainer.config import show

@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from trainer.signals import StopSignals
 from trainer.verbs import add_config, positive, take
 
 
@@ -24,24 +25,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    nproc, overrides = take(arguments.overrides, "nproc")
-    if "RANK" in os.environ:
-        return train(arguments.config, overrides)
-    from trainer import launch
-    from trainer.errors import UserError
+    with StopSignals() as signals:  # from here on: importing torch takes seconds
+        nproc, overrides = take(arguments.overrides, "nproc")
+        if "RANK" in os.environ:
+            return train(arguments.config, overrides, signals)
+        from trainer import launch
+        from trainer.errors import RequeueError, UserError
 
-    hosts = launch.read_hosts(arguments.hosts) if arguments.hosts else None
-    if hosts is not None and not 0 <= arguments.node < len(hosts):
-        raise UserError(
-            f"--node {arguments.node}: {arguments.hosts} names {len(hosts)} hosts, wanted 0 to {len(hosts) - 1}"
-        )
-    processes = positive(nproc, "nproc") or launch.default_processes()
-    if hosts is None and processes == 1:
-        return train(arguments.config, overrides)
-    return launch.run(["train", arguments.config, *overrides], processes, hosts, arguments.node)
+        hosts = launch.read_hosts(arguments.hosts) if arguments.hosts else None
+        if hosts is not None and not 0 <= arguments.node < len(hosts):
+            raise UserError(
+                f"--node {arguments.node}: {arguments.hosts} names {len(hosts)} hosts, wanted 0 to {len(hosts) - 1}"
+            )
+        processes = positive(nproc, "nproc") or launch.default_processes()
+        if hosts is None and processes == 1:
+            return train(arguments.config, overrides, signals)
+        if signals.received is not None:  # nothing was begun
+            raise RequeueError
+        return launch.run(["train", arguments.config, *overrides], processes, hosts, arguments.node)
 
 
-def train(config: str, overrides: list[str]) -> int:
+def train(config: str, overrides: list[str], signals: StopSignals) -> int:
     """One rank's part."""
     import logging
 
@@ -55,7 +59,7 @@ def train(config: str, overrides: list[str]) -> int:
     try:
         from trainer.engine import Training
 
-        Training(recipe, ranks).fit()
+        Training(recipe, ranks, signals).fit()
     finally:
         distributed.stop()
     return 0

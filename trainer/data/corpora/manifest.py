@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config import Config, Free, show
+from trainer.config import Config, Free, is_file, show
 from trainer.data.corpora.base import SPLITS, BadLinesError, Progress, Utterance
+from trainer.data.text import not_text
 from trainer.errors import UserError
 
 AUDIO_FIELDS = ("audio", "audio_filepath")  # the second is NeMo's
@@ -40,7 +41,7 @@ class ManifestConfig(Config):
                 "data.corpus.files='[data/all.jsonl]', or choose another corpus with data.corpus.kind"
             )
         for file in self.files:
-            if not file.is_file():
+            if not is_file(file):
                 raise UserError(f"data.corpus.files: {show(file)}: there is no such file; mend the path")
         found: dict[str, Utterance] = {}
         problems: list[str] = []
@@ -69,31 +70,69 @@ def _rows(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]
     """Lines of a manifest as (line number, fields)."""
     ending = file.suffix.lower()
     if ending in (".csv", ".tsv"):
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else ",")
-            for row in table:
-                # DictReader fills a short line with None.
-                yield (
-                    table.line_num,
-                    {name: value for name, value in row.items() if name and value is not None},
-                )
+        yield from _table_rows(file, "\t" if ending == ".tsv" else ",", problems)
     elif ending in (".jsonl", ".json"):
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, text in enumerate(lines, 1):
-                if not text.strip():
-                    continue
-                where = f"{show(file)} line {number}"
-                try:
-                    fields = json.loads(text)
-                except ValueError as error:
-                    problems.append(f"{where}: {text.strip()[:60]!r}: is not JSON ({error}); write one object a line")
-                    continue
-                if isinstance(fields, dict):
-                    yield number, fields
-                else:
-                    problems.append(f"{where}: {text.strip()[:60]!r}: is not an object; write {{...}} on each line")
+        yield from _json_rows(file, problems)
     else:
         raise UserError(f"data.corpus.files: {show(file)}: ending {ending!r}, wanted .jsonl, .json, .csv or .tsv")
+
+
+def _json_rows(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, text in enumerate(lines, 1):
+            if not text.strip():
+                continue
+            where = f"{show(file)} line {number}"
+            try:
+                fields = json.loads(text, object_pairs_hook=_once)
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{where}: {text.strip()[:60]!r}: is not JSON ({error}); write one object a line")
+                continue
+            if isinstance(fields, dict):
+                yield number, fields
+            else:
+                problems.append(f"{where}: {text.strip()[:60]!r}: is not an object; write {{...}} on each line")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a field that is repeated, JSON would silently take the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return fields
+
+
+def _table_rows(file: Path, delimiter: str, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        # Strict: a quote that is never closed would take the rest of the file into one field.
+        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        first = 1  # line where what is read began
+        try:
+            heading = list(table.fieldnames or [])
+            if "text" not in heading or not set(heading) & set(AUDIO_FIELDS) or len(set(heading)) < len(heading):
+                names = ", ".join(map(repr, heading)) or "nothing"
+                cure = f"wanted audio and text, each once, with {delimiter!r} between them"
+                problems.append(f"{show(file)} line 1: the heading names {names}: {cure}")
+                return
+            first = table.line_num + 1
+            for row in table:
+                more = row.pop(None, [])
+                fields = {name: value for name, value in row.items() if value is not None}  # a short line ends in None
+                line = table.line_num - sum(value.count("\n") for value in fields.values())
+                if more:
+                    problems.append(
+                        f"{show(file)} line {line}: has {len(heading) + len(more)} fields, the heading {len(heading)}; "
+                        f"put a field with {delimiter!r} in it into quotes"
+                    )
+                else:
+                    yield line, fields
+                first = table.line_num + 1
+        except csv.Error as error:
+            problems.append(
+                f"{show(file)} line {first}: cannot be read as a row ({error}), nor can what follows; is a quote "
+                "open that should be closed? One that is meant is written twice"
+            )
 
 
 def _utterance(file: Path, line: int, fields: dict[str, Any], problems: list[str]) -> Utterance | None:
@@ -103,20 +142,29 @@ def _utterance(file: Path, line: int, fields: dict[str, Any], problems: list[str
         problems.append(f"{where}: audio: is missing; add the path of the recording as `audio`")
         return None
     path = file.parent / str(fields[name])  # an absolute path stays as it is
-    key = fields.get("key") or _relative(path, file.parent)
+    named = fields.get("key")
+    key = _relative(path, file.parent) if named in (None, "") else named
     key = re.sub(r"[^\w@+=-]", "_", str(key))  # webdataset ends a key at the first dot
-    text, split = fields.get("text"), fields.get("split") or None
+    text: Any = fields.get("text")
+    split = fields.get("split") or None
     before = len(problems)
 
     def problem(field: str, value: object, reason: str) -> None:
         problems.append(f"{where}: key {key}: {field} = {value!r}: {reason}")
 
-    if not path.is_file():
+    for field, value in ((name, fields[name]), ("key", named), ("text", text), ("split", split)):
+        if value is not None and not isinstance(value, (str, int) if field == "key" else str):
+            problem(field, value, "is not text; write it in quotes")
+    if len(problems) > before:
+        return None
+    if not is_file(path):
         problem(name, fields[name], f"there is no such file ({show(path)}); mend the path or remove the line")
     if text is None:
         problems.append(f"{where}: key {key}: text: is missing; add the transcript or remove the line")
-    elif not str(text).strip():
+    elif not text.strip():
         problem("text", text, "is empty; write what is said or remove the line")
+    elif bad := not_text(text):
+        problem("text", text, f"holds {bad!r}, which is no character of a text; write it again or remove the line")
     if split is not None and split not in SPLITS:
         problem("split", split, f"wanted one of {', '.join(SPLITS)}; mend it or leave it out")
     if fields.get("offset"):
@@ -127,7 +175,7 @@ def _utterance(file: Path, line: int, fields: dict[str, Any], problems: list[str
         )
     if len(problems) > before:
         return None
-    return Utterance(key, str(text), path, split, where)
+    return Utterance(key, text, path, split, where)
 
 
 def _relative(path: Path, folder: Path) -> str:

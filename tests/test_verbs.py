@@ -1,0 +1,71 @@
+"""Verbs answer a user's mistake in one message: wrong numbers, a run that is damaged or of another configuration."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers import overrides
+from trainer import checkpoint, recipe
+from trainer import config as configuration
+from trainer.__main__ import main
+from trainer.errors import EXIT_USER_MISTAKE
+
+
+@pytest.fixture
+def run(corpus: Path, tmp_path: Path) -> Path:
+    """A run directory that holds its configuration and nothing else."""
+    config = recipe.load("speech/tones", overrides(corpus, tmp_path)).config
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.yaml").write_text(configuration.dump_yaml(configuration.plain(config)), encoding="utf-8")
+    return path
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == EXIT_USER_MISTAKE
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    return shown
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report"])
+@pytest.mark.parametrize("content", [b"seed: [1", b"? [a]\n: 1\n", b"name: \xff"], ids=["open", "key", "not text"])
+def test_a_damaged_configuration_of_a_run_is_named(
+    capsys: pytest.CaptureFixture[str], run: Path, verb: str, content: bytes
+) -> None:
+    (run / "config.yaml").write_bytes(content)
+    assert "config.yaml" in mistake(capsys, verb, str(run))
+
+
+def test_a_trained_model_keeps_its_shape(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    shown = mistake(capsys, "evaluate", str(run), "model.rnn.hidden_size=32")
+    assert "the command line: model.rnn.hidden_size = 32: the run was trained with 16" in shown
+    assert "holds no checkpoint" in mistake(capsys, "evaluate", str(run), "plan.micro_batch_seconds=9")
+
+
+def test_a_run_of_another_alphabet_is_not_evaluated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, corpus: Path, run: Path
+) -> None:
+    model = recipe.load("speech/tones", overrides(corpus, run)).build_model()
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    monkeypatch.setattr(checkpoint, "newest", lambda folder: SimpleNamespace(state={"shapes": shapes}))
+    shown = mistake(capsys, "evaluate", str(run), "data.text.alphabet=abc")
+    assert "output.bias is [10] in its checkpoint, [4] with the data of this configuration" in shown
+    assert "data.path=" in shown
+
+
+def test_a_name_that_no_folder_can_have_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "xxx: is no" in mistake(capsys, "evaluate", "x" * 300)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "²", "1.5"])
+def test_a_number_of_processes_is_checked(capsys: pytest.CaptureFixture[str], number: str) -> None:
+    assert f"world_size = '{number}': wanted a whole number" in mistake(
+        capsys, "plan", "speech/tones", f"world_size={number}"
+    )
+
+
+def test_a_name_is_no_markup(capsys: pytest.CaptureFixture[str], corpus: Path, tmp_path: Path) -> None:
+    assert main(["plan", "speech/tones", *overrides(corpus, tmp_path, 'name="[/red]"')]) == 0
+    assert "[/red], epoch 1" in capsys.readouterr().out
