@@ -95,7 +95,7 @@ def most_threads() -> int:
 
 
 def peak_flops() -> float:
-    """Most float32 operations a second of one core with this instruction set: the floor that a kernel is measured by."""
+    """Most float32 operations a second of one core with this instruction set: what a kernel is measured by."""
     function = getattr(_LIBRARY, f"peak_flops_{instruction_set()}")
     function.restype = ctypes.c_double
     peak: float = function()
