@@ -19,7 +19,7 @@ from kernels.ops import recurrence
 from kernels.reference import GATES, hash24
 
 Outputs = Callable[[], Tensor]
-MODULES: dict[str, type[nn.RNNBase]] = {"rnn_tanh": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+MODULES: dict[str, Callable[[int, int], nn.RNNBase]] = {"rnn_tanh": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
 @dataclass
@@ -71,7 +71,7 @@ def block_bench(steps: int, batch: int, size: int, hidden: int = 1024, **wanted:
     x = torch.randn(steps, batch, hidden)
     rivals = {
         "loop": (lambda: block_loop(u, weight), [u, weight], True),
-        "dense": (lambda: dense(x)[0], [dense.weight_hh_l0], False),
+        "dense": (lambda: dense(x)[0], [dict(dense.named_parameters())["weight_hh_l0"]], False),
     }
     flops = 2.0 * steps * batch * hidden * size
     name = f"blocks of {size}, B={batch}, T={steps}"
@@ -81,15 +81,16 @@ def block_bench(steps: int, batch: int, size: int, hidden: int = 1024, **wanted:
 def dense_bench(cell: str, batch: int, hidden: int, steps: int = 100, **wanted: tuple[float, float | None]) -> Bench:
     """One dense layer against torch's own, the input projection on both sides."""
     net = MODULES[cell](hidden, hidden)
+    weight_ih, weight_hh, bias_ih, bias_hh = (p for _, p in net.named_parameters())
     x = torch.randn(steps, batch, hidden).requires_grad_()
     gates = GATES[cell]
-    weight = net.weight_hh_l0.detach().view(gates, 1, hidden, hidden).clone().requires_grad_()
+    weight = weight_hh.detach().view(gates, 1, hidden, hidden).clone().requires_grad_()
 
     def ours() -> Tensor:
-        u = nn.functional.linear(x, net.weight_ih_l0, net.bias_ih_l0)
-        return recurrence(u, weight, cell=cell, bias=net.bias_hh_l0)[0]
+        u = nn.functional.linear(x, weight_ih, bias_ih)
+        return recurrence(u, weight, cell=cell, bias=bias_hh)[0]
 
-    own = [x, weight, net.weight_ih_l0, net.bias_ih_l0, net.bias_hh_l0]
+    own = [x, weight, weight_ih, bias_ih, bias_hh]
     flops = 2.0 * 2 * steps * batch * gates * hidden * hidden
     rivals = {"torch": (lambda: net(x)[0], [x, *net.parameters()], True)}
     return Bench(f"dense {cell.removesuffix('_tanh')}, H={hidden}, B={batch}", ours, own, rivals, flops, wanted=wanted)
