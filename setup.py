@@ -4,6 +4,7 @@ Nothing here is needed to run: without a compiler the installation goes on, and 
 """
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,14 +23,14 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         sets = (X86 if platform.machine() in ("x86_64", "AMD64") else {}) | PORTABLE
-        objects = []
-        for name, flags in sets.items():
-            objects += self.compiler.compile(
-                ext.sources,
-                output_dir=str(Path(self.build_temp, name)),
-                extra_postargs=[*ALL, *flags, f"-DNAME={name}"],
-                depends=ext.depends,
-            )
+
+        def compiled(name: str) -> list[str]:
+            flags = [*ALL, *sets[name], f"-DNAME={name}"]
+            folder = str(Path(self.build_temp, name))
+            return self.compiler.compile(ext.sources, output_dir=folder, extra_postargs=flags, depends=ext.depends)
+
+        with ThreadPoolExecutor() as pool:  # a compiler each
+            objects = [o for group in pool.map(compiled, sets) for o in group]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, target, target_lang="c++")

@@ -19,6 +19,7 @@ from kernels.ops import recurrence
 from kernels.reference import GATES, hash24
 
 Outputs = Callable[[], Tensor]
+Rivals = dict[str, tuple[Outputs, list[Tensor], bool]]
 MODULES: dict[str, Callable[[int, int], nn.RNNBase]] = {"rnn_tanh": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
@@ -38,7 +39,7 @@ class Bench:
     name: str
     ours: Outputs
     inputs: list[Tensor]
-    rivals: dict[str, tuple[Outputs, list[Tensor], bool]] = field(default_factory=dict)
+    rivals: Rivals = field(default_factory=dict)
     flops: float = 0.0
     numbers: int = 0
     wanted: dict[str, tuple[float, float | None]] = field(default_factory=dict)
@@ -69,9 +70,9 @@ def block_bench(steps: int, batch: int, size: int, hidden: int = 1024, **wanted:
     dense = nn.RNN(hidden, hidden)
     # The sparse layer is compared with a dense layer's recurrence alone: no projection on either side.
     x = torch.randn(steps, batch, hidden)
-    rivals = {
+    rivals: Rivals = {
         "loop": (lambda: block_loop(u, weight), [u, weight], True),
-        "dense": (lambda: dense(x)[0], [dict(dense.named_parameters())["weight_hh_l0"]], False),
+        "dense": (lambda: dense(x)[0], list(dense.parameters()), False),
     }
     flops = 2.0 * steps * batch * hidden * size
     name = f"blocks of {size}, B={batch}, T={steps}"
