@@ -111,6 +111,23 @@ def test_four_steps_are_two_and_resume_and_two(corpus: Path, tmp_path: Path, var
         torch.testing.assert_close(alone["raw"][name], value, rtol=0, atol=loose, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_batch_normalisation_does_not_depend_on_the_number_of_processes(
+    corpus: Path, tmp_path: Path, world_size: int
+) -> None:
+    """Running statistics too: some rounds are dummies, and the last step of an epoch is short."""
+    more = ["model.rnn.norm=batch", "model.subsampling.norm=batch", "optimizer.lr=1e-9", "max_epochs=1"]
+    more.append("plan.micro_batches_per_step=5")
+    want = run_ranks(1, fit, overrides(corpus, tmp_path, *more, "name=one"))[0]
+    got = run_ranks(world_size, fit, overrides(corpus, tmp_path, *more, f"name=n{world_size}"))[0]
+    steps = [row["step"] for row in read_ledger(want["run"] / "ledger")]
+    assert 0 < steps.count(max(steps)) < 5 == steps.count(1)
+    assert any("running_mean" in name for name in want["weights"])
+    for name, value in want["weights"].items():
+        torch.testing.assert_close(got["weights"][name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert got["values"]["loss"] == pytest.approx(want["values"]["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_is_equal_on_any_number_of_processes(corpus: Path, tmp_path: Path, world_size: int) -> None:
     """Every utterance once; best, plateau and rate decided alike on every rank."""
