@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import soundfile
 import torch
 import webdataset
 
+from tests.helpers import overrides
+from trainer import recipe
 from trainer.config import PROJECT
 from trainer.data.audio import FeaturesConfig, decode
 from trainer.data.corpora.base import split_by_text
@@ -173,6 +176,24 @@ def test_shards_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shard-000000\.tar: is a shard that `prepare` has not made"):
         prepare(settings(tmp_path), processes=1)
     assert foreign.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("gone", "wanted"),
+    [
+        (["shard-000002.tar"], r"shard-000002\.index\.jsonl: the shard of this index is missing \(one of 1\)"),
+        (["shard-000002.index.jsonl"], r"shard-000002\.tar: has no index"),
+        (["shard-000002.tar", "shard-000002.index.jsonl"], r"42 samples in 6 shards, corpus\.json .* says 50 in 7"),
+    ],
+)
+def test_a_missing_shard_is_noticed(tmp_path: Path, corpus: Path, gone: list[str], wanted: str) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    task = recipe.load("speech/tones", overrides(data, tmp_path))
+    task.build_dataset("train")
+    for name in gone:
+        (data / "train" / name).unlink()
+    with pytest.raises(UserError, match=wanted):
+        task.build_dataset("train")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -92,12 +92,20 @@ class Index:
         """Read the indexes of every shard in a folder.
 
         Raises:
-            UserError: no shards, a shard without index, an index that is damaged or of another format. A shard that
-                was cut short is no error here: what is missing is found, and left out, where it is read.
+            UserError: no shards, a shard without index or an index without shard, an index that is damaged or of
+                another format. A shard that was cut short is no error here: what is missing is found, and left out,
+                where it is read.
         """
         shards = sorted(folder.glob("*.tar"))
         if not shards:
             raise UserError(f"{show(folder)}: holds no shards (*.tar); run `./launch.sh prepare CONFIG` first")
+        lost = sorted(folder.glob("*.index.jsonl")) if shards else []
+        lost = [path for path in lost if not path.with_name(path.name.replace(".index.jsonl", ".tar")).is_file()]
+        if lost:
+            raise UserError(
+                f"{show(lost[0])}: the shard of this index is missing (one of {len(lost)}); put it back, or run "
+                "`./launch.sh prepare CONFIG` again"
+            )
         entries = []
         for shard in shards:
             path = index_path(shard)
