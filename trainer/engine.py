@@ -10,7 +10,9 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from types import FrameType
 from typing import Any
 
@@ -243,7 +245,7 @@ class Training:
         try:
             with self.signals:
                 while not self._finished():
-                    values = self._epoch() or values
+                    values = self._train() or values
             if not checkpoints.step_folder(self.run.checkpoints, where.step).is_dir():
                 self._save()
             exit_code = 0
@@ -280,18 +282,29 @@ class Training:
             return True
         return where.epoch >= config.max_epochs or (config.max_steps is not None and where.step >= config.max_steps)
 
-    def _epoch(self) -> dict[str, float] | None:
-        """Train what is left of the current epoch; the numbers of its last validation, if there was one."""
+    def _coming(self) -> Iterator[Step]:
+        """The steps from here to the end, if no more samples turn out bad than are known now."""
         where, config = self.position, self.config
-        steps = self.dataset.plan.epoch(where.epoch, where.excluded)
-        left = steps[where.step_in_epoch :]
-        ranks = self.ranks
-        loader = Loader(self.dataset, left, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
+        done, excluded, later = where.step_in_epoch, where.excluded, where.bad
+        for epoch in range(where.epoch, config.max_epochs):
+            yield from self.dataset.plan.epoch(epoch, excluded)[done:]
+            done, excluded = 0, later
+
+    def _train(self) -> dict[str, float] | None:
+        """Train to the end, or to that of an epoch after which more samples are left out than the loader knew.
+
+        Returns:
+            the numbers of the last validation, if there was one.
+        """
+        where, config, ranks = self.position, self.config, self.ranks
+        known = sorted(where.bad)
+        left = None if config.max_steps is None else config.max_steps - where.step
+        steps = islice(self._coming(), left)
+        loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
         values = None
-        for step, batches in zip(left, loader, strict=True):
+        for step, batches in loader:
             self.step(step, batches, loader.waited_seconds)
-            last = where.step_in_epoch == len(steps)
-            epoch = where.epoch
+            epoch, last = where.epoch, step.last
             if last:
                 where.epoch, where.step_in_epoch = where.epoch + 1, 0
                 where.excluded = sorted(where.bad)
@@ -305,7 +318,7 @@ class Training:
             if self._stopping:
                 self.tracker.say(f"stopped by a signal at step {where.step}, saved; the same command goes on")
                 raise RequeueError
-            if self._finished():
+            if self._finished() or (last and where.excluded != known):
                 break
         return values
 

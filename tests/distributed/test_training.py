@@ -287,6 +287,20 @@ def test_weights_of_another_run(corpus: Path, tmp_path: Path) -> None:
         run_ranks(1, fit, [*arguments, "name=third", "model.rnn.hidden_size=8", f"init_from={first['run']}"])
 
 
+def count_loaders(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    from trainer import engine
+
+    made = []
+    original = engine.Loader
+    engine.Loader = lambda *a: made.append(a) or original(*a)
+    return fit(ranks, arguments) | {"loaders": len(made)}
+
+
+def test_the_loader_goes_on_over_the_end_of_an_epoch(corpus: Path, tmp_path: Path) -> None:
+    result = run_ranks(1, count_loaders, overrides(corpus, tmp_path, "max_epochs=3", "num_workers=1"))[0]
+    assert (result["loaders"], result["position"]["epoch"]) == (1, 3)
+
+
 def test_bad_samples_are_skipped_recorded_and_left_out(corpus: Path, tmp_path: Path) -> None:
     """A damaged recording counts nothing in the epoch that finds it and is absent from the next."""
     import shutil
@@ -299,13 +313,16 @@ def test_bad_samples_are_skipped_recorded_and_left_out(corpus: Path, tmp_path: P
     content[entry["audio_offset"] + 500] ^= 0xFF
     shard.write_bytes(content)
     arguments = overrides(damaged, tmp_path, "max_epochs=2", "validation.every_steps=99", "max_bad_share=0.05")
-    result = run_ranks(2, fit, [*arguments, "name=damaged"])[0]
+    arguments.append("num_workers=1")  # they are ahead of the training, in the next epoch
+    result = run_ranks(2, count_loaders, [*arguments, "name=damaged", "max_epochs=3"])[0]
+    assert result["loaders"] == 2
     (row,) = read_lines(result["run"] / "quarantine.jsonl")
     assert row["key"] == entry["key"]
     assert "checksum" in row["reason"]
     ledger = read_ledger(result["run"] / "ledger")
-    seen = {epoch: [k for r in ledger if r["epoch"] == epoch for k in r["keys"]] for epoch in (0, 1)}
+    seen = {epoch: [k for r in ledger if r["epoch"] == epoch for k in r["keys"]] for epoch in (0, 1, 2)}
     assert entry["key"] in seen[0]
+    assert set(seen[2]) == set(seen[1])
     assert [k for r in ledger for k in r["bad"]] == [entry["key"]]
     assert set(seen[0]) - set(seen[1]) == {entry["key"]}
     assert result["position"]["bad"] == [entry["key"]]

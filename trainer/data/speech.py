@@ -175,8 +175,8 @@ class SpeechDataset:
         if made is None or (made.samples, made.shards) != (samples, shards):
             wanted = f"{made.samples} in {made.shards}" if made else "none"
             raise UserError(
-                f"{show(self.config.path / self.split)}: holds {samples} samples in {shards} shards, corpus.json beside "
-                f"it says {wanted}; put back what is missing, or run `./launch.sh prepare CONFIG` again"
+                f"{show(self.config.path / self.split)}: holds {samples} samples in {shards} shards, corpus.json "
+                f"beside it says {wanted}; put back what is missing, or run `./launch.sh prepare CONFIG` again"
             )
 
     def __len__(self) -> int:
