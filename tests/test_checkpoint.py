@@ -44,10 +44,12 @@ def test_what_is_written_by_three_is_read_by_any(tmp_path: Path) -> None:
         for piece in torch.zeros(12).tensor_split(cuts):
             targets.append(Slice("layer.weight", "weight", start, piece))
             start += len(piece)
-        found.fill(targets)
+        found.fill(targets, {"layer.weight": [3, 4]})
         assert torch.equal(torch.cat([t.values for t in targets]), VALUES + 1)
     with pytest.raises(BrokenCheckpointError, match=r"layer.bias \(weight\) lacks 2"):
-        found.fill([Slice("layer.bias", "weight", 0, torch.zeros(2))])
+        found.fill([Slice("layer.bias", "weight", 0, torch.zeros(2))], {"layer.weight": [3, 4]})
+    with pytest.raises(UserError, match=r"do not fit this model:\nlayer.weight: here \[2, 4\], there \[3, 4\]"):
+        found.fill([Slice("layer.weight", "weight", 0, torch.zeros(8))], {"layer.weight": [2, 4]})
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:

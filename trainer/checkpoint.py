@@ -17,14 +17,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import distributed
 from trainer.config import Config, show
@@ -107,12 +107,18 @@ class Checkpoint:
         """Names of the optimizer's slots."""
         return {piece.slot for piece in self.slices()} - {WEIGHT, BUFFER}
 
-    def fill(self, targets: Iterable[Slice]) -> None:
+    def fill(self, targets: Iterable[Slice], shapes: Mapping[str, list[int]]) -> None:
         """Copy saved values into live slices, however either side is cut.
 
+        Args:
+            targets: what is to be filled.
+            shapes: of the whole tensors by name.
+
         Raises:
+            UserError: a tensor was saved with another shape.
             BrokenCheckpointError: a value that is wanted was not saved.
         """
+        self.check_shapes(shapes)
         saved: dict[tuple[str, str], list[Slice]] = {}
         for piece in self.slices():
             saved.setdefault((piece.name, piece.slot), []).append(piece)
@@ -128,6 +134,54 @@ class Checkpoint:
                 raise BrokenCheckpointError(
                     f"{show(self.folder)}: {target.name} ({target.slot}) lacks {missing} numbers"
                 )
+
+    def check_shapes(self, shapes: Mapping[str, list[int]]) -> None:
+        """Compare the model that was saved with another.
+
+        Args:
+            shapes: of the other one's tensors by name.
+
+        Raises:
+            UserError: it has other tensors, or some of another shape; all are named.
+        """
+        saved = self.state["shapes"]
+        wrong = [
+            f"{name}: here {shapes.get(name, 'absent')}, there {saved.get(name, 'absent')}"
+            for name in sorted({*shapes, *saved})
+            if shapes.get(name) != saved.get(name)
+        ]
+        if wrong:
+            shown = wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
+            raise UserError(f"{show(self.folder)}: its weights do not fit this model:\n" + "\n".join(shown))
+
+    def check_data(self, found: Mapping[str, Mapping[str, str]]) -> None:
+        """Compare the data that was trained on with what is there now.
+
+        Args:
+            found: for each split (or some), the identity of its data set.
+
+        Raises:
+            UserError: it is other data; every difference is named, with the cure.
+        """
+        saved = self.state.get("data", {})
+        lines = [
+            f"{show(self.folder)}: {split}: {name}: saved {saved[split][name]!r}, now {value!r}"
+            for split, facts in found.items()
+            for name, value in facts.items()
+            if saved.get(split, {}).get(name, value) != value
+        ]
+        if lines:
+            run = show(self.folder.parent.parent)
+            raise UserError(
+                "\n".join(lines)
+                + f"\nthis is other data than the run in {run} was trained on: put it back (data.path), or start a new "
+                f"run with name=OTHER and init_from={run} to take its weights"
+            )
+
+
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """Shape of every tensor of a model by name."""
+    return {name: list(t.shape) for name, t in model.state_dict().items()}
 
 
 def _check_file(path: Path, facts: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from trainer import checkpoint as checkpoints
 from trainer import config as configuration
 from trainer import distributed, keyed, machine
 from trainer.checkpoint import Checkpoint
-from trainer.data.dataset import Batch, Dataset
+from trainer.data.dataset import Batch
 from trainer.data.loader import Loader
 from trainer.data.plan import MicroBatch, Step, mine
 from trainer.distributed import Ranks, Trained
@@ -31,7 +31,7 @@ from trainer.errors import RequeueError, UserError
 from trainer.metrics import Mean, add
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
-from trainer.recipe import Recipe, Row, StepOutput
+from trainer.recipe import Recipe, Row, Split, StepOutput
 from trainer.run import Ledger, RunDirectory, append, read_lines
 from trainer.tracking import Tracker
 
@@ -102,9 +102,9 @@ class Evaluator:
     ranks.
     """
 
-    def __init__(self, recipe: Recipe[Any], dataset: Dataset, ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe[Any], split: Split, ranks: Ranks) -> None:
         self.recipe = recipe
-        self.dataset = dataset
+        self.dataset = recipe.build_dataset(split)
         self.ranks = ranks
         self.model = recipe.build_model().to(ranks.device).eval()
 
@@ -158,11 +158,13 @@ class Training:
         distributed.on_first(lambda: self.run.claim(config))
         self._log_to_file()
         self.dataset = recipe.build_dataset("train")
-        self.validation = Evaluator(recipe, recipe.build_dataset("valid"), ranks)
+        self.validation = Evaluator(recipe, "valid", ranks)
+        self.data = {"train": self.dataset.identity, "valid": self.validation.dataset.identity}
+        self._compare_data()
         self.rounds = math.ceil(self.dataset.plan.micro_batches_per_step / ranks.world_size)
         model = recipe.build_model()
         initialise(model, config.seed)
-        found = checkpoints.newest(self.run.checkpoints)
+        found: Checkpoint | None = distributed.on_first(lambda: checkpoints.newest(self.run.checkpoints))
         if found is None and config.init_from is not None:
             self._take_weights(model)
         model.to(ranks.device)
@@ -201,25 +203,25 @@ class Training:
 
     def _take_weights(self, model: nn.Module) -> None:
         source = RunDirectory.existing(str(self.config.init_from))
-        weights = checkpoints.best(source.checkpoints).weights()
-        own = {name: list(t.shape) for name, t in model.state_dict().items()}
-        theirs = {name: list(t.shape) for name, t in weights.items()}
-        wrong = [
-            f"{n}: here {own.get(n, 'absent')}, there {theirs.get(n, 'absent')}"
-            for n in sorted({*own, *theirs})
-            if own.get(n) != theirs.get(n)
-        ]
-        if wrong:
-            raise UserError(
-                f"init_from = {self.config.init_from}: its weights do not fit this model:\n" + "\n".join(wrong)
-            )
-        model.load_state_dict(weights)
+        best: Checkpoint = distributed.on_first(lambda: checkpoints.best(source.checkpoints))
+        best.check_shapes(checkpoints.shapes_of(model))
+        model.load_state_dict(best.weights())
         log.info("took the weights of %s", self.config.init_from)
+
+    def _compare_data(self) -> None:
+        """All ranks must see the same data, or their plans would differ."""
+        for rank, data in enumerate(distributed.gather(self.data)):
+            if data != self.data:
+                raise UserError(
+                    f"rank {rank} finds other data than rank {self.ranks.rank}: {data} and {self.data}; "
+                    "copy the same data.path to every host"
+                )
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state
+        found.check_data(self.data)
         self.trained.allocate(found.slots(), state["scalars"])
-        found.fill(self.trained.slices(everything=True))
+        found.fill(self.trained.slices(everything=True), checkpoints.shapes_of(self.trained.module))
         self.trained.filled()
         self.position = Position(**state["position"])
         self.plateau.restore(state["plateau"])
@@ -297,7 +299,7 @@ class Training:
             the numbers of the last validation, if there was one.
         """
         where, config, ranks = self.position, self.config, self.ranks
-        known = sorted(where.bad)
+        before, known = where.step, sorted(where.bad)
         left = None if config.max_steps is None else config.max_steps - where.step
         steps = islice(self._coming(), left)
         loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
@@ -320,6 +322,11 @@ class Training:
                 raise RequeueError
             if self._finished() or (last and where.excluded != known):
                 break
+        if where.step == before:
+            raise UserError(
+                f"{config.name}: epoch {where.epoch + 1} holds no sample: {len(where.excluded)} of {len(self.dataset)} "
+                f"are left out as bad, see {self.run.quarantine}"
+            )
         return values
 
     _stopping = False
@@ -488,7 +495,8 @@ class Training:
             "plateau": self.plateau.state(),
             "best": {str(step): value for step, value in self.best.items()},
             "scalars": self.trained.scalars(),
-            "shapes": {name: list(t.shape) for name, t in self.trained.module.state_dict().items()},
+            "shapes": checkpoints.shapes_of(self.trained.module),
+            "data": self.data,
             "world_size": self.ranks.world_size,
             "zero_stage": self.config.zero.stage,
             "machine": self.machine,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,66 @@ def test_weights_of_another_run(corpus: Path, tmp_path: Path) -> None:
         run_ranks(1, fit, [*arguments, "name=third", "model.rnn.hidden_size=8", f"init_from={first['run']}"])
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Corpora that differ from `corpus` in one thing."""
+    from trainer import recipe
+
+    folder = tmp_path_factory.mktemp("others")
+    changes = {"smaller": "data.corpus.num_utterances=40", "fewer letters": "data.corpus.alphabet=abcd"}
+    for name, change in changes.items():
+        recipe.load("speech/tones", overrides(folder / name, folder, change)).prepare()
+    return {name: folder / name for name in changes}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("smaller", "train: samples: saved '50 of index "), ("fewer letters", "alphabet: saved ' abcdefgh', now ' abcd'")],
+)
+def test_a_run_does_not_go_on_with_other_data(
+    corpus: Path, others: dict[str, Path], tmp_path: Path, name: str, wanted: str
+) -> None:
+    arguments = overrides(corpus, tmp_path, "name=run", "validation.every_steps=9")
+    run_ranks(1, fit, [*arguments, "max_steps=1"])
+    with pytest.raises(RuntimeError, match="UserError") as error:
+        run_ranks(2, fit, [*arguments, f"data.path={others[name]}"])
+    assert wanted in str(error.value)
+    assert "init_from=" in str(error.value)
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus, moved)
+    assert run_ranks(1, fit, [*arguments, f"data.path={moved}", "max_steps=2"])[0]["position"]["step"] == 2
+
+
+def fit_on_their_own(ranks: Any, paths: list[str], arguments: list[str]) -> dict[str, Any]:
+    return fit(ranks, [*arguments, f"data.path={paths[ranks.rank]}"])
+
+
+def test_ranks_that_see_other_data_are_told(corpus: Path, others: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"UserError: rank 1 finds other data than rank 0"):
+        run_ranks(2, fit_on_their_own, [str(corpus), str(others["smaller"])], overrides(corpus, tmp_path))
+
+
+def spoil(folder: Path, count: int) -> list[str]:
+    """Change a byte in the first recordings of a split; their keys."""
+    keys = []
+    for shard in sorted(folder.glob("*.tar")):
+        content = bytearray(shard.read_bytes())
+        for line in shard.with_suffix(".index.jsonl").read_text().splitlines()[1:]:
+            if len(keys) < count:
+                entry = json.loads(line)
+                content[entry["audio_offset"] + 500] ^= 0xFF
+                keys.append(entry["key"])
+        shard.write_bytes(content)
+    return keys
+
+
+def test_an_epoch_without_samples_ends_the_run(corpus: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    spoil(data / "train", 50)
+    with pytest.raises(RuntimeError, match=r"UserError: run: epoch 2 holds no sample: 50 of 50 are left out as bad"):
+        run_ranks(2, fit, overrides(data, tmp_path, "name=run", "max_bad_share=1", "validation.every_steps=99"))
+
+
 def count_loaders(ranks: Any, arguments: list[str]) -> dict[str, Any]:
     from trainer import engine
 
@@ -303,8 +364,6 @@ def test_the_loader_goes_on_over_the_end_of_an_epoch(corpus: Path, tmp_path: Pat
 
 def test_bad_samples_are_skipped_recorded_and_left_out(corpus: Path, tmp_path: Path) -> None:
     """A damaged recording counts nothing in the epoch that finds it and is absent from the next."""
-    import shutil
-
     damaged = tmp_path / "damaged"
     shutil.copytree(corpus, damaged)
     shard = sorted((damaged / "train").glob("*.tar"))[0]

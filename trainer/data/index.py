@@ -5,6 +5,7 @@ A shard is a plain webdataset tar, `KEY.flac KEY.txt KEY.json`, that anyone's lo
 and has one line a sample, an `Entry`. Planning reads indexes only; reading a sample is one `pread`.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,6 +83,13 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that a plan or a batch depends on."""
+        columns = [[e.num_samples, e.label_length, e.ctc_frames, e.audio_crc32] for e in self.entries]
+        text = json.dumps([self.sample_rate_hz, self.keys, self.shard.tolist(), columns])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def hours(self) -> float:

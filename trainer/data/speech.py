@@ -179,6 +179,10 @@ class SpeechDataset:
                 f"beside it says {wanted}; put back what is missing, or run `./launch.sh prepare CONFIG` again"
             )
 
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"samples": f"{len(self)} of index {self.index.digest}", "alphabet": self.tokens.alphabet}
+
     def __len__(self) -> int:
         return len(self.index)
 

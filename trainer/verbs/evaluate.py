@@ -30,7 +30,10 @@ def main(arguments: argparse.Namespace) -> int:
     best = checkpoint.best(run.checkpoints)
     ranks = distributed.start()
     try:
-        values, rows = Evaluator(recipe, recipe.build_dataset(split), ranks).run(best.weights())
+        evaluator = Evaluator(recipe, split, ranks)
+        best.check_shapes(checkpoint.shapes_of(evaluator.model))
+        best.check_data({"train": {k: v for k, v in evaluator.dataset.identity.items() if k != "samples"}})
+        values, rows = evaluator.run(best.weights())
     finally:
         distributed.stop()
     rows.sort(key=lambda r: r.rate, reverse=True)
