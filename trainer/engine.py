@@ -10,9 +10,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,16 +25,16 @@ from trainer import checkpoint as checkpoints
 from trainer import config as configuration
 from trainer import distributed, keyed, machine
 from trainer.checkpoint import Checkpoint
-from trainer.data.dataset import Batch
+from trainer.data.dataset import Batch, Fault
 from trainer.data.loader import Loader
-from trainer.data.plan import MicroBatch, Step, mine
+from trainer.data.plan import MicroBatch, Rejection, Step, mine
 from trainer.distributed import Ranks, Trained
 from trainer.errors import RequeueError, UserError
 from trainer.metrics import Mean, add
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
-from trainer.recipe import Recipe, Row, Split, StepOutput
-from trainer.run import Ledger, RunDirectory, append, read_lines
+from trainer.recipe import Recipe, Row, RunConfig, Split, StepOutput
+from trainer.run import Ledger, RunDirectory, append
 from trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -94,46 +96,113 @@ class StopSignals:
             signal.signal(name, handler)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of scoring a split; equal on all ranks."""
+
+    values: dict[str, float]
+    """Means of all losses ("loss" is their weighted sum) and metrics."""
+    rows: list[Row]
+    """A row a sample."""
+    scored: int
+    """Samples that counted."""
+    bad: list[Fault]
+    """Samples that could not be read."""
+
+
+def left_out(rejections: Iterable[Rejection | Fault]) -> str:
+    """What cannot be used, as counts of each reason."""
+    reasons = Counter(r.reason for r in rejections)
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+
+
+def refuse_too_many(bad: int, total: int, config: RunConfig, path: Path, last: Iterable[Mapping[str, Any]]) -> None:
+    """Stop where more samples turned out bad than the configuration allows.
+
+    Args:
+        bad: their number, of `total`.
+        path: where all are on record.
+        last: those to show.
+
+    Raises:
+        UserError: they are too many.
+    """
+    allowed = max(1, int(config.max_bad_share * total))
+    if bad > allowed:
+        raise UserError(
+            f"{path}: {bad} bad samples of {total}, more than max_bad_share = {config.max_bad_share:g} allows "
+            f"({allowed}); mend the data or raise it. The last ones:\n"
+            + "\n".join(f"  {row['key']}: {row['reason']}" for row in last)
+        )
+
+
 class Evaluator:
     """Scores a split with a plain copy of the model, which holds the averaged weights.
 
     A copy of its own takes no part in training: nothing is written into a trained parameter, and no collective runs
     inside a forward pass. Results are added in the order of the micro-batches, so they are the same on any number of
     ranks.
+
+    Args:
+        recipe: with its configuration.
+        split: to score.
+        ranks: this process among all.
     """
 
     def __init__(self, recipe: Recipe[Any], split: Split, ranks: Ranks) -> None:
         self.recipe = recipe
+        self.split = split
         self.dataset = recipe.build_dataset(split)
         self.ranks = ranks
         self.model = recipe.build_model().to(ranks.device).eval()
 
     @torch.inference_mode()
-    def run(self, weights: dict[str, Tensor]) -> tuple[dict[str, float], list[Row]]:
-        """Means of all losses ("loss" is their weighted sum) and metrics, and a row a sample; equal on all ranks."""
+    def run(self, weights: dict[str, Tensor]) -> Evaluation:
+        """Score every sample that the plan can use."""
         self.model.load_state_dict(weights)
-        steps = self.dataset.plan.epoch(0)
-        rounds = [Step((m,), {}) for step in steps for m in step.micro_batches]
-        own = rounds[self.ranks.rank :: self.ranks.world_size]
         results = []
-        for number, step in enumerate(own):
-            batch = to_device(self.dataset.load(step.micro_batches[0]), self.ranks.device)
-            output = self.recipe.step(self.model, batch)
+        for place, micro_batch in enumerate(m for step in self.dataset.plan.epoch(0) for m in step.micro_batches):
+            if place % self.ranks.world_size != self.ranks.rank:
+                continue
+            batch = self.dataset.load(micro_batch)
+            output = self.recipe.step(self.model, to_device(batch, self.ranks.device))
             means = {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()}
             weight = {name: x.weight for name, x in output.losses.items()}
             means |= {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()}
-            results.append((number * self.ranks.world_size + self.ranks.rank, means, weight, output.rows))
+            results.append((place, means, weight, output.rows, int(batch["valid"].sum()), batch["faults"]))
         everything = sorted((r for part in distributed.gather(results) for r in part), key=lambda r: r[0])
         totals: dict[str, Mean] = {}
         weights_of: dict[str, float] = {}
-        rows: list[Row] = []
-        for _, means, weight, more in everything:
+        for _, means, weight, *_ in everything:
             add(totals, means)
             weights_of |= weight
-            rows += more
         values = {name: float(m.sum) / max(m.count, 1e-9) for name, m in totals.items()}
         values["loss"] = sum(values[name] * w for name, w in weights_of.items())
-        return values, rows
+        return Evaluation(
+            values,
+            rows=[row for r in everything for row in r[3]],
+            scored=sum(r[4] for r in everything),
+            bad=[fault for r in everything for fault in r[5]],
+        )
+
+    def account(self, evaluation: Evaluation, run: RunDirectory, step: int, epoch: int) -> None:
+        """Put bad samples on record, and stop where they are too many; every rank calls it.
+
+        Args:
+            step, epoch: the age of the weights.
+
+        Raises:
+            UserError: too many are bad, or none was left to score.
+        """
+        facts = {"split": self.split, "epoch": epoch, "step": step}
+        rows = [{**facts, "key": fault.key, "reason": fault.reason} for fault in evaluation.bad]
+        if self.ranks.first:
+            for row in run.add_to_quarantine(rows):
+                log.warning("bad sample %s (%s): %s", row["key"], self.split, row["reason"])
+        refuse_too_many(len(rows), len(self.dataset), self.recipe.config, run.quarantine, rows[-10:])
+        if not evaluation.scored:
+            reasons = left_out(self.dataset.plan.rejections)
+            raise UserError(f"{self.recipe.config.name}: no sample of the split {self.split} can be scored: {reasons}")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -174,10 +243,13 @@ class Training:
             self._restore(found)
         else:
             first = self.dataset.plan.epoch(0)
-            if not first:
-                raise UserError(f"{config.name}: the training split holds no usable sample: {self._rejected()}")
+            for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
+                if not dataset.plan.epoch(0):
+                    reasons = left_out(dataset.plan.rejections) or "it is empty"
+                    raise UserError(f"{config.name}: the split {split} holds no usable sample: {reasons}")
             self.position.total_steps = config.max_steps or len(first) * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
+        distributed.on_first(self._record_rejections)
         self.machine = machine.describe()
         self.signals = StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)
@@ -195,18 +267,19 @@ class Training:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
 
-    def _rejected(self) -> str:
-        reasons: dict[str, int] = {}
-        for r in self.dataset.plan.rejections:
-            reasons[r.reason] = reasons.get(r.reason, 0) + 1
-        return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none rejected"
-
     def _take_weights(self, model: nn.Module) -> None:
         source = RunDirectory.existing(str(self.config.init_from))
         best: Checkpoint = distributed.on_first(lambda: checkpoints.best(source.checkpoints))
         best.check_shapes(checkpoints.shapes_of(model))
         model.load_state_dict(best.weights())
         log.info("took the weights of %s", self.config.init_from)
+
+    def _record_rejections(self) -> None:
+        """What the plans leave out from the start."""
+        for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
+            rejected = dataset.plan.rejections
+            facts = {"split": split, "epoch": 0, "step": 0}
+            self.run.add_to_quarantine([{**facts, "key": r.key, "reason": r.reason} for r in rejected])
 
     def _compare_data(self) -> None:
         """All ranks must see the same data, or their plans would differ."""
@@ -267,8 +340,9 @@ class Training:
         where = self.position
         if where.step:
             self.tracker.say(f"resumed at step {where.step} (epoch {where.epoch + 1}) of {where.total_steps}")
-        if self.dataset.plan.rejections:
-            self.tracker.say(f"left out: {self._rejected()}")
+        for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
+            if rejections := dataset.plan.rejections:
+                self.tracker.say(f"{split}: left out of {len(dataset)} samples: {left_out(rejections)}")
         trained = sum(p.numel() for p in self.trained.module.parameters())
         self.tracker.say(
             f"{self.config.name}: {trained:,} parameters, {self.ranks.world_size} process(es) x "
@@ -426,23 +500,15 @@ class Training:
     def _quarantine(self, own: list[Any]) -> None:
         where = self.position
         rows = [
-            {"key": f.key, "reason": f.reason, "epoch": where.epoch, "step": where.step}
+            {"split": "train", "key": f.key, "reason": f.reason, "epoch": where.epoch, "step": where.step}
             for part in distributed.gather(own)
             for f in part
         ]
         where.bad = sorted({*where.bad, *(row["key"] for row in rows)})
         if self.ranks.first:
-            append(self.run.quarantine, rows)
-            for row in rows:
+            for row in self.run.add_to_quarantine(rows):
                 log.warning("bad sample %s: %s", row["key"], row["reason"])
-        allowed = max(1, int(self.config.max_bad_share * len(self.dataset)))
-        if len(where.bad) > allowed:
-            shown = list(read_lines(self.run.quarantine))[-10:] if self.ranks.first else []
-            raise UserError(
-                f"{self.run.quarantine}: {len(where.bad)} bad samples, more than max_bad_share = "
-                f"{self.config.max_bad_share:g} allows ({allowed}); mend the data or raise it. The last ones:\n"
-                + "\n".join(f"  {row['key']}: {row['reason']}" for row in shown)
-            )
+        refuse_too_many(len(where.bad), len(self.dataset), self.config, self.run.quarantine, rows[-10:])
 
     def _refused(self, own: list[str]) -> None:
         where = self.position
@@ -465,7 +531,9 @@ class Training:
 
     def _validate(self, epoch: int) -> tuple[dict[str, float], bool]:
         where, start = self.position, time.perf_counter()
-        values, rows = self.validation.run(self.weights())
+        evaluation = self.validation.run(self.weights())
+        self.validation.account(evaluation, self.run, where.step, epoch)
+        values = evaluation.values
         monitor = self.recipe.monitor
         if monitor not in values:
             raise KeyError(f"the recipe monitors {monitor!r}; validation gives {sorted(values)}")
@@ -482,10 +550,13 @@ class Training:
             }
         )
         if self.ranks.first and self.config.validation.table_rows:
-            shown = sorted(rows, key=lambda r: keyed.key("table", r.key))[: self.config.validation.table_rows]
+            shown = sorted(evaluation.rows, key=lambda r: keyed.key("table", r.key))
             cells: list[tuple[dict[str, str | float], Any]] = []
-            for r in shown:
-                cells.append(({"key": r.key, "error": r.rate, **r.columns}, self.validation.dataset.media(r.key)))
+            for r in shown[: self.config.validation.table_rows]:
+                try:
+                    cells.append(({"key": r.key, "error": r.rate, **r.columns}, self.validation.dataset.media(r.key)))
+                except Exception as error:  # a picture must not end a run, least of all on one rank alone
+                    log.warning("%s is missing in the table: %s", r.key, error)
             self.tracker.table(where.step, epoch, "valid/table", cells)
         return values, better
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import fit, overrides, run_ranks
+from tests.helpers import fit, overrides, run_ranks, spoil
 from trainer import checkpoint, distributed
 from trainer.errors import UserError
 from trainer.run import read_ledger, read_lines
@@ -327,18 +327,53 @@ def test_ranks_that_see_other_data_are_told(corpus: Path, others: dict[str, Path
         run_ranks(2, fit_on_their_own, [str(corpus), str(others["smaller"])], overrides(corpus, tmp_path))
 
 
-def spoil(folder: Path, count: int) -> list[str]:
-    """Change a byte in the first recordings of a split; their keys."""
-    keys = []
-    for shard in sorted(folder.glob("*.tar")):
-        content = bytearray(shard.read_bytes())
-        for line in shard.with_suffix(".index.jsonl").read_text().splitlines()[1:]:
-            if len(keys) < count:
-                entry = json.loads(line)
-                content[entry["audio_offset"] + 500] ^= 0xFF
-                keys.append(entry["key"])
-        shard.write_bytes(content)
-    return keys
+@pytest.mark.parametrize(
+    ("count", "share", "wanted"),
+    [
+        (2, "0.01", r"2 bad samples of 3, more than max_bad_share = 0.01 allows \(1\)"),
+        (3, "1", "no sample of the split valid can be scored"),
+    ],
+)
+def test_bad_validation_data_ends_the_run(corpus: Path, tmp_path: Path, count: int, share: str, wanted: str) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    keys = spoil(data / "valid", count)
+    with pytest.raises(RuntimeError, match=f"UserError: .*{wanted}"):
+        run_ranks(2, fit, overrides(data, tmp_path, "name=run", "max_steps=2", f"max_bad_share={share}"))
+    rows = list(read_lines(tmp_path / "run" / "quarantine.jsonl"))
+    assert sorted(row["key"] for row in rows) == sorted(keys)
+    assert {(row["split"], row["step"]) for row in rows} == {("valid", 2)}
+
+
+def test_bad_validation_data_is_on_record_once(corpus: Path, tmp_path: Path) -> None:
+    """One bad clip is allowed; what the plan leaves out is told too."""
+    data = shutil.copytree(corpus, tmp_path / "data")
+    keys = spoil(data / "valid", 1)
+    more = ["name=run", "max_steps=3", "validation.every_steps=1", "plan.max_seconds=2.5"]
+    run = run_ranks(2, fit, overrides(data, tmp_path, *more))[0]["run"]
+    rows = list(read_lines(run / "quarantine.jsonl"))
+    assert [(row["key"], row["step"]) for row in rows if row["split"] == "valid"] == [(keys[0], 1)]
+    long = [row for row in rows if row["reason"] == "longer than 2.5 s"]
+    assert long
+    assert {row["step"] for row in long} == {0}
+
+
+def no_media(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    from trainer.data.speech import SpeechDataset
+    from trainer.tracking import Tracker
+
+    def fail(self: Any, key: str) -> Any:
+        raise OSError(5, "Input/output error")
+
+    tables = []
+    SpeechDataset.media = fail
+    Tracker.table = lambda *a: tables.append(a[-1])
+    return fit(ranks, arguments) | {"tables": tables}
+
+
+def test_a_picture_that_cannot_be_had_ends_nothing(corpus: Path, tmp_path: Path) -> None:
+    results = run_ranks(2, no_media, overrides(corpus, tmp_path, "max_steps=1", "validation.table_rows=2"))
+    assert [r["tables"] for r in results] == [[[]], []]
+    assert results[0]["position"]["step"] == 1
 
 
 def test_an_epoch_without_samples_ends_the_run(corpus: Path, tmp_path: Path) -> None:
