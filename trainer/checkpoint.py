@@ -230,7 +230,7 @@ def save(folder: Path, config: CheckpointConfig, step: int, slices: Iterable[Sli
         state: everything else, JSON values, equal on all ranks. `state["best"]` maps steps to their monitored value.
 
     Returns:
-        whether it was written. A failure (a full disk) is logged and never ends the run: the older ones stay.
+        whether it was written. A failure (a full disk) is logged, and the older ones stay.
     """
     final = step_folder(folder, step)
     partial = folder / f".{final.name}.partial"
@@ -260,7 +260,10 @@ def save(folder: Path, config: CheckpointConfig, step: int, slices: Iterable[Sli
         _write(pointer, f"{final.name}\n".encode())
         pointer.replace(folder / LATEST)
         _sync_folder(folder)
-        prune(folder, config, {int(s): v for s, v in state.get("best", {}).items()})
+        try:
+            prune(folder, config, {int(s): v for s, v in state.get("best", {}).items()})
+        except OSError as error:
+            log.warning("an old checkpoint was not deleted: %s", error)
 
     name = f"rank-{torch.distributed.get_rank():05d}.pt"
     try:
@@ -274,7 +277,7 @@ def save(folder: Path, config: CheckpointConfig, step: int, slices: Iterable[Sli
         distributed.on_first(publish)
     except (OSError, BrokenCheckpointError) as error:
         if torch.distributed.get_rank() == 0:
-            log.warning("checkpoint of step %d was not written, the run goes on: %s", step, error)
+            log.warning("checkpoint of step %d was not written: %s", step, error)
             shutil.rmtree(partial, ignore_errors=True)
         return False
     return True

@@ -29,7 +29,7 @@ from trainer.data.dataset import Batch, Fault
 from trainer.data.loader import Loader
 from trainer.data.plan import MicroBatch, Rejection, Step, mine
 from trainer.distributed import Ranks, Trained
-from trainer.errors import RequeueError, UserError
+from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.metrics import Mean, add
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
@@ -38,6 +38,9 @@ from trainer.run import Ledger, RunDirectory, append
 from trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+RETRY_SECONDS = (1.0, 5.0)
+"""Waits before a checkpoint that was not written is tried again."""
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -299,6 +302,7 @@ class Training:
         self.position = Position(**state["position"])
         self.plateau.restore(state["plateau"])
         self.best = {int(step): value for step, value in state["best"].items()}
+        self._saved_step = self.position.step
         log.info("resumed from %s", found.folder)
 
     # The loop
@@ -312,8 +316,8 @@ class Training:
         Raises:
             RequeueError: stopped by a signal, saved.
             UserError: too many bad samples or refused steps.
+            SystemExit: the last checkpoint could not be written; exit code 1.
         """
-        where = self.position
         self._greet()
         exit_code = 1
         values: dict[str, float] = {}
@@ -321,8 +325,10 @@ class Training:
             with self.signals:
                 while not self._finished():
                     values = self._train() or values
-            if not checkpoints.step_folder(self.run.checkpoints, where.step).is_dir():
-                self._save()
+            if self._stops_early():
+                stop_after = self.config.validation.early_stop_after
+                self.tracker.say(f"stopped early: no better {self.recipe.monitor} for {stop_after} validations")
+            self._save_or_fail()
             exit_code = 0
         except RequeueError:
             exit_code = 75
@@ -350,11 +356,13 @@ class Training:
             f"ZeRO {self.config.zero.stage}, {self.config.precision}"
         )
 
+    def _stops_early(self) -> bool:
+        stop_after = self.config.validation.early_stop_after
+        return stop_after is not None and self.plateau.since_best >= stop_after
+
     def _finished(self) -> bool:
         where, config = self.position, self.config
-        stop_after = config.validation.early_stop_after
-        if stop_after is not None and self.plateau.since_best >= stop_after:
-            self.tracker.say(f"stopped early: no better {self.recipe.monitor} for {stop_after} validations")
+        if self._stops_early():
             return True
         return where.epoch >= config.max_epochs or (config.max_steps is not None and where.step >= config.max_steps)
 
@@ -389,9 +397,10 @@ class Training:
             better = False
             if (where.step % every == 0 if every else last) or ended or (last and where.epoch >= config.max_epochs):
                 values, better = self._validate(epoch)
-            if better or where.step % config.checkpoint.every_steps == 0 or self._stopping:
+            if better or where.step % config.checkpoint.every_steps == 0:
                 self._save()
             if self._stopping:
+                self._save_or_fail()
                 self.tracker.say(f"stopped by a signal at step {where.step}, saved; the same command goes on")
                 raise RequeueError
             if self._finished() or (last and where.excluded != known):
@@ -404,6 +413,7 @@ class Training:
         return values
 
     _stopping = False
+    _saved_step = -1
 
     def step(self, step: Step, batches: list[Batch], waited: float) -> None:
         """One optimizer step on this rank's batches, with everything that is recorded about it.
@@ -560,7 +570,20 @@ class Training:
             self.tracker.table(where.step, epoch, "valid/table", cells)
         return values, better
 
-    def _save(self) -> None:
+    def _save_or_fail(self) -> None:
+        """Write this step's checkpoint, if that is not done; without it the run must not end as if all were well."""
+        if self._saved_step != self.position.step and not self._save():
+            if self.ranks.first:
+                log.error(
+                    "%s: step %d could not be saved: make room or mend the disk; the same command goes on from the "
+                    "last checkpoint that was written",
+                    self.run.path,
+                    self.position.step,
+                )
+            raise SystemExit(EXIT_OUR_FAULT)
+
+    def _save(self) -> bool:
+        """Write a checkpoint; whether it was written. Between two attempts all ranks wait."""
         state = {
             "position": dict(self.position.__dict__),
             "plateau": self.plateau.state(),
@@ -573,4 +596,10 @@ class Training:
             "machine": self.machine,
             "config": configuration.plain(self.config),
         }
-        checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, self.trained.slices(), state)
+        for seconds in (0.0, *RETRY_SECONDS):
+            time.sleep(seconds)
+            slices = self.trained.slices()
+            if checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, slices, state):
+                self._saved_step = self.position.step
+                return True
+        return False

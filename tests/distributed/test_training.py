@@ -250,6 +250,36 @@ def test_a_signal_to_one_rank_saves_and_stops_all(corpus: Path, tmp_path: Path) 
     assert numbers(resumed["run"]) == numbers(whole["run"])
 
 
+def on_a_broken_disk(ranks: Any, arguments: list[str], failures: int, stop: bool) -> dict[str, Any]:
+    """Train where the first attempts to write a checkpoint fail on the last rank."""
+    from trainer import engine
+
+    engine.RETRY_SECONDS = (0.0, 0.0)
+    original, left = checkpoint._write, [failures if ranks.rank == ranks.world_size - 1 else 0]
+
+    def write(path: Path, content: bytes) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        return original(path, content)
+
+    checkpoint._write = write
+    return (interrupted if stop else fit)(ranks, arguments)
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["to the end", "stopped"])
+def test_a_run_that_could_not_be_saved_does_not_end_well(corpus: Path, tmp_path: Path, stop: bool) -> None:
+    """Three attempts each: at the new best of step 4 (or at none) and at the end (or when stopped)."""
+    arguments = overrides(corpus, tmp_path, "name=run", "max_steps=4")
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="SystemExit: 1"):
+        run_ranks(2, on_a_broken_disk, arguments, 9, stop)
+    assert checkpoint.newest(run / "checkpoints") is None
+    result = run_ranks(2, on_a_broken_disk, arguments, 2, stop)[0]  # the third attempt does it
+    assert result["stopped"] == stop
+    assert checkpoint.newest(run / "checkpoints").state["position"]["step"] == (2 if stop else 4)
+
+
 def test_starting_a_finished_run_again_does_nothing(corpus: Path, tmp_path: Path) -> None:
     arguments = overrides(corpus, tmp_path, "max_steps=2", "validation.every_steps=9")
     first = run_ranks(2, fit, arguments)[0]
@@ -258,12 +288,21 @@ def test_starting_a_finished_run_again_does_nothing(corpus: Path, tmp_path: Path
     assert len(list(read_lines(first["run"] / "metrics.jsonl"))) == 3  # two steps and a validation
 
 
+def fit_and_listen(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    from trainer.tracking import Tracker
+
+    said: list[str] = []
+    Tracker.say = lambda self, text: said.append(text)
+    return fit(ranks, arguments) | {"said": said}
+
+
 def test_a_run_stops_early_where_it_gets_no_better(corpus: Path, tmp_path: Path) -> None:
     """Alike on every rank, and for good: started again it does nothing."""
     more = ["optimizer.lr=1e-12", "validation.every_steps=1", "validation.early_stop_after=2", "max_steps=20"]
     for _ in range(2):
-        results = run_ranks(2, fit, overrides(corpus, tmp_path, *more))
+        results = run_ranks(2, fit_and_listen, overrides(corpus, tmp_path, *more))
         assert [r["position"]["step"] for r in results] == [3, 3]
+        assert len([text for text in results[0]["said"] if "stopped early" in text]) == 1
 
 
 def test_another_configuration_in_the_same_directory_is_refused(corpus: Path, tmp_path: Path) -> None:
