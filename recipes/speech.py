@@ -23,7 +23,7 @@ from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
 from trainer.models.normalization import KeyedDropout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Recipe, Row, RunConfig, Split, StepOutput
+from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
 
 
 class SpeechModelConfig(Config):
@@ -126,7 +126,7 @@ class Speech(Recipe[SpeechRunConfig]):
         config = self.config
         return SpeechDataset(config.data, split, config.plan, config.seed, self.num_output_frames)
 
-    def step(self, model: nn.Module, batch: Batch) -> StepOutput:
+    def step(self, model: nn.Module, batch: Batch, state: State | None = None) -> StepOutput:
         log_probs, lengths, middle = model(batch["audio"], batch["lengths"], batch["noise_keys"], batch["valid"])
         tokens = float((batch["label_lengths"] * batch["valid"]).sum())
         share = self.config.model.intermediate_ctc if middle is not None else 0.0

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from trainer import distributed
 from trainer.config import Config, show
-from trainer.distributed import BUFFER, WEIGHT, Slice
+from trainer.distributed import BUFFER, CARRIED, WEIGHT, Slice
 from trainer.errors import UserError
 from trainer.optim import AVERAGE
 
@@ -89,7 +89,7 @@ class Checkpoint:
 
     def tensors(self, slot: str) -> dict[str, Tensor]:
         """One slot as whole tensors by name; empty if the slot was not kept."""
-        shapes = self.state["shapes"]
+        shapes = self.state["shapes"] | self.state.get("carried", {})
         whole: dict[str, Tensor] = {}
         for piece in self.slices():
             if piece.slot == slot:
@@ -105,7 +105,7 @@ class Checkpoint:
 
     def slots(self) -> set[str]:
         """Names of the optimizer's slots."""
-        return {piece.slot for piece in self.slices()} - {WEIGHT, BUFFER}
+        return {piece.slot for piece in self.slices()} - {WEIGHT, BUFFER, CARRIED}
 
     def fill(self, targets: Iterable[Slice], shapes: Mapping[str, list[int]]) -> None:
         """Copy saved values into live slices, however either side is cut.

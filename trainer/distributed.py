@@ -153,7 +153,7 @@ class Slice:
 
     name: str
     slot: str
-    """ "weight", a slot of the optimizer ("exp_avg", "average", ...), or "buffer"."""
+    """ "weight", a slot of the optimizer ("exp_avg", "average", ...), "buffer", or "carried"."""
     start: int
     """Place of the first element in the flattened tensor."""
     values: Tensor
@@ -162,6 +162,7 @@ class Slice:
 
 WEIGHT = "weight"
 BUFFER = "buffer"
+CARRIED = "carried"
 
 
 @dataclass(frozen=True)

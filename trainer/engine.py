@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,12 +28,12 @@ from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Batch, Fault
 from trainer.data.loader import Loader
 from trainer.data.plan import MicroBatch, Rejection, Step, mine
-from trainer.distributed import Ranks, Trained
+from trainer.distributed import CARRIED, Ranks, Slice, Trained
 from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.metrics import Mean, add
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
-from trainer.recipe import Recipe, Row, RunConfig, Split, StepOutput
+from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
 from trainer.run import Ledger, RunDirectory, append
 from trainer.tracking import Tracker
 
@@ -164,14 +164,18 @@ class Evaluator:
         """Score every sample that the plan can use."""
         self.model.load_state_dict(weights)
         results = []
-        for place, micro_batch in enumerate(m for step in self.dataset.plan.epoch(0) for m in step.micro_batches):
-            if place % self.ranks.world_size != self.ranks.rank:
-                continue
+        carried: dict[int, State] = {}
+        own = slice(self.ranks.rank, None, self.ranks.world_size)  # by number, as in training: a stream stays together
+        for micro_batch in (m for step in self.dataset.plan.epoch(0) for m in step.micro_batches[own]):
             batch = self.dataset.load(micro_batch)
-            output = self.recipe.step(self.model, to_device(batch, self.ranks.device))
+            state = carried.pop(micro_batch.number, None)
+            output = self.recipe.step(self.model, to_device(batch, self.ranks.device), state)
+            if output.state is not None:
+                carried[micro_batch.number] = output.state
             means = {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()}
             weight = {name: x.weight for name, x in output.losses.items()}
             means |= {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()}
+            place = (micro_batch.step, micro_batch.number)
             results.append((place, means, weight, output.rows, int(batch["valid"].sum()), batch["faults"]))
         everything = sorted((r for part in distributed.gather(results) for r in part), key=lambda r: r[0])
         totals: dict[str, Mean] = {}
@@ -242,6 +246,7 @@ class Training:
         model.to(ranks.device)
         self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
+        self.carried: dict[int, State] = {}  # by number of the micro-batch, those of this rank
         if found is not None:
             self._restore(found)
         else:
@@ -302,6 +307,10 @@ class Training:
         self.position = Position(**state["position"])
         self.plateau.restore(state["plateau"])
         self.best = {int(step): value for step, value in state["best"].items()}
+        for name, values in found.tensors(CARRIED).items():
+            number, _, part = name.partition(".")
+            if int(number) % self.ranks.world_size == self.ranks.rank:
+                self.carried.setdefault(int(number), {})[part] = values.to(self.ranks.device)
         self._saved_step = self.position.step
         log.info("resumed from %s", found.folder)
 
@@ -433,12 +442,17 @@ class Training:
             if micro_batch is not None:
                 self.ledger.write(where.epoch, where.step + 1, micro_batch.number, batch)
                 faults += batch["faults"]
-            output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device))
+            state = self.carried.pop(micro_batch.number, None) if micro_batch is not None else None
+            output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device), state)
+            if micro_batch is not None and output.state is not None:
+                self.carried[micro_batch.number] = {name: t.detach() for name, t in output.state.items()}
             self.trained.backward(self._scaled(output, step))
             for name, loss in output.losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss.sum.detach())
             applied = self.trained.step()
         assert applied is not None
+        if step.last or not applied.applied:  # a stream starts anew; a state behind a refused step is not finite
+            self.carried.clear()
         update_statistics(self.trained.module, applied.applied)
 
         names = sorted(sums)
@@ -584,12 +598,15 @@ class Training:
 
     def _save(self) -> bool:
         """Write a checkpoint; whether it was written. Between two attempts all ranks wait."""
+        carried = {f"{number}.{part}": t for number, s in self.carried.items() for part, t in s.items()}
+        shapes = {name: list(t.shape) for name, t in carried.items()}
         state = {
             "position": dict(self.position.__dict__),
             "plateau": self.plateau.state(),
             "best": {str(step): value for step, value in self.best.items()},
             "scalars": self.trained.scalars(),
             "shapes": checkpoints.shapes_of(self.trained.module),
+            "carried": {name: shape for part in distributed.gather(shapes) for name, shape in part.items()},
             "data": self.data,
             "world_size": self.ranks.world_size,
             "zero_stage": self.config.zero.stage,
@@ -598,7 +615,7 @@ class Training:
         }
         for seconds in (0.0, *RETRY_SECONDS):
             time.sleep(seconds)
-            slices = self.trained.slices()
+            slices = chain(self.trained.slices(), (Slice(n, CARRIED, 0, t.reshape(-1)) for n, t in carried.items()))
             if checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, slices, state):
                 self._saved_step = self.position.step
                 return True

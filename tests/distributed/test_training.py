@@ -175,8 +175,8 @@ def poisoned(ranks: Any, arguments: list[str]) -> dict[str, Any]:
 
     original, calls = Speech.step, [0]
 
-    def step(self: Any, model: Any, batch: Any) -> Any:
-        output = original(self, model, batch)
+    def step(self: Any, model: Any, batch: Any, state: Any = None) -> Any:
+        output = original(self, model, batch, state)
         if model.training:
             calls[0] += 1
             if calls[0] == 2 * 2 + 1 and ranks.rank == ranks.world_size - 1:

@@ -90,6 +90,10 @@ class BucketedConfig(Config):
     """Leave shorter samples out."""
 
 
+PlanConfig = BucketedConfig
+"""A second kind makes it a union: `Annotated[BucketedConfig | ..., Field(discriminator="kind")]`."""
+
+
 @dataclass(frozen=True)
 class Lengths:
     """What a plan needs to know of each sample, as columns of N."""
