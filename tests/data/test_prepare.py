@@ -244,6 +244,18 @@ def test_many_problems_are_counted(tmp_path: Path, rows: list[dict[str, Any]]) -
     assert len(str(caught.value).splitlines()) == 22
 
 
+def test_splits_that_share_a_text_are_told(
+    tmp_path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(settings(tmp_path), processes=1)
+    assert "warning" not in capsys.readouterr().out
+    rows[8]["text"], rows[10]["text"], rows[11]["text"] = (rows[i]["text"].upper() for i in (0, 0, 1))
+    write_manifest(tmp_path, rows)
+    prepare(settings(tmp_path), processes=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "(1 in train and valid, 2 in train and test, 1 in valid and test)" in line
+
+
 def test_no_split_may_be_empty(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     write_manifest(tmp_path, rows[:8])
     with pytest.raises(UserError, match="valid and test would be empty"):
