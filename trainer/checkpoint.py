@@ -99,9 +99,10 @@ class Checkpoint:
         return whole
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict to evaluate with: averaged weights if there are any, and buffers."""
+        """The state dict to evaluate with: averaged weights if there are any, frozen ones, and buffers."""
         weights = self.tensors(WEIGHT) | self.tensors(AVERAGE)
-        return weights | self.tensors(BUFFER)
+        ties = {other: weights[name] for other, name in self.state.get("ties", {}).items()}
+        return weights | ties | self.tensors(BUFFER)
 
     def slots(self) -> set[str]:
         """Names of the optimizer's slots."""

@@ -606,6 +606,7 @@ class Training:
             "best": {str(step): value for step, value in self.best.items()},
             "scalars": self.trained.scalars(),
             "shapes": checkpoints.shapes_of(self.trained.module),
+            "ties": self.trained.ties,
             "carried": {name: shape for part in distributed.gather(shapes) for name, shape in part.items()},
             "data": self.data,
             "world_size": self.ranks.world_size,
