@@ -280,6 +280,20 @@ def test_a_run_that_could_not_be_saved_does_not_end_well(corpus: Path, tmp_path:
     assert checkpoint.newest(run / "checkpoints").state["position"]["step"] == (2 if stop else 4)
 
 
+def blind(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    """Train where the second rank cannot tell which checkpoints there are."""
+    if not ranks.first:
+        checkpoint.newest = lambda folder: None
+    return fit(ranks, arguments)
+
+
+def test_rank_0_chooses_the_checkpoint_for_all(corpus: Path, tmp_path: Path) -> None:
+    arguments = overrides(corpus, tmp_path, "name=run", "validation.every_steps=9")
+    run_ranks(2, fit, [*arguments, "max_steps=1"])
+    results = run_ranks(2, blind, [*arguments, "max_steps=2"])
+    assert [r["position"]["step"] for r in results] == [2, 2]
+
+
 def test_starting_a_finished_run_again_does_nothing(corpus: Path, tmp_path: Path) -> None:
     arguments = overrides(corpus, tmp_path, "max_steps=2", "validation.every_steps=9")
     first = run_ranks(2, fit, arguments)[0]
