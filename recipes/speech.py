@@ -23,7 +23,7 @@ from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
 from trainer.models.normalization import KeyedDropout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Recipe, Row, RunConfig, Split, StepOutput
+from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
 
 
 class SpeechModelConfig(Config):
@@ -49,7 +49,8 @@ class SpeechModel(nn.Module):
 
     Shape:
         audio: (B, T, F) features, or (B, N) waveforms if the features are computed here; lengths: (B,) of it;
-        noise_keys: (B,) int64
+        noise_keys: (B,) int64; valid: (B,) bool, a place that is not has no real frame and leaves no trace in any
+        statistics, None: all are
         returns: (B, T', V) log-probabilities in float32, lengths (B,) in output frames, and while training with an
         intermediate loss the same log-probabilities of the middle layer, else None
     """
@@ -72,12 +73,14 @@ class SpeechModel(nn.Module):
         )
 
     def forward(
-        self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None
+        self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.features_here:
             audio, lengths = self.log_mel(audio, lengths)
             if self.training and noise_keys is not None:
                 audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
+        if valid is not None:
+            lengths = lengths * valid
         x, lengths = self.subsampling(audio, lengths)
         x, hidden = self.rnn(self.input_dropout(x, noise_keys), lengths, noise_keys, all_layers=True)
         middle = None
@@ -123,8 +126,8 @@ class Speech(Recipe[SpeechRunConfig]):
         config = self.config
         return SpeechDataset(config.data, split, config.plan, config.seed, self.num_output_frames)
 
-    def step(self, model: nn.Module, batch: Batch) -> StepOutput:
-        log_probs, lengths, middle = model(batch["audio"], batch["lengths"], batch["noise_keys"])
+    def step(self, model: nn.Module, batch: Batch, state: State | None = None) -> StepOutput:
+        log_probs, lengths, middle = model(batch["audio"], batch["lengths"], batch["noise_keys"], batch["valid"])
         tokens = float((batch["label_lengths"] * batch["valid"]).sum())
         share = self.config.model.intermediate_ctc if middle is not None else 0.0
         output = StepOutput({"ctc": Loss(ctc(log_probs, lengths, batch), tokens, "tokens", 1 - share)})
@@ -160,6 +163,7 @@ def ctc(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
     Shape:
         log_probs: (B, T, V), lengths: (B,)
     """
+    lengths = lengths.clamp(min=1)  # a place that is not valid has none, which not every CTC takes
     nats = F.ctc_loss(
         log_probs.transpose(0, 1), batch["labels"], lengths, batch["label_lengths"], blank=BLANK, reduction="none"
     )

@@ -1,5 +1,6 @@
 """What several tests need: ranks without a launcher, a tiny corpus, a tiny run."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -49,6 +50,20 @@ TINY = [
 def overrides(data: Path, runs: Path, *more: str) -> list[str]:
     """The tiny run on a prepared corpus."""
     return [*TINY, f"data.path={data}", f"runs_dir={runs}", *more]
+
+
+def spoil(folder: Path, count: int) -> list[str]:
+    """Change a byte in the first recordings of a split; their keys."""
+    keys = []
+    for shard in sorted(folder.glob("*.tar")):
+        content = bytearray(shard.read_bytes())
+        for line in shard.with_suffix(".index.jsonl").read_text().splitlines()[1:]:
+            if len(keys) < count:
+                entry = json.loads(line)
+                content[entry["audio_offset"] + 500] ^= 0xFF
+                keys.append(entry["key"])
+        shard.write_bytes(content)
+    return keys
 
 
 def _child(rank: int, world_size: int, store: str, pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:

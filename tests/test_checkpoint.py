@@ -44,10 +44,67 @@ def test_what_is_written_by_three_is_read_by_any(tmp_path: Path) -> None:
         for piece in torch.zeros(12).tensor_split(cuts):
             targets.append(Slice("layer.weight", "weight", start, piece))
             start += len(piece)
-        found.fill(targets)
+        found.fill(targets, {"layer.weight": [3, 4]})
         assert torch.equal(torch.cat([t.values for t in targets]), VALUES + 1)
     with pytest.raises(BrokenCheckpointError, match=r"layer.bias \(weight\) lacks 2"):
-        found.fill([Slice("layer.bias", "weight", 0, torch.zeros(2))])
+        found.fill([Slice("layer.bias", "weight", 0, torch.zeros(2))], {"layer.weight": [3, 4]})
+    with pytest.raises(UserError, match=r"do not fit this model:\nlayer.weight: here \[2, 4\], there \[3, 4\]"):
+        found.fill([Slice("layer.weight", "weight", 0, torch.zeros(8))], {"layer.weight": [2, 4]})
+
+
+class Odd(torch.nn.Module):
+    """A tied weight, a frozen one, a buffer that is kept and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
+        self.b.weight = self.a.weight
+        self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("kept", torch.ones(2))
+        self.register_buffer("lost", torch.ones(2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)) * self.frozen
+
+
+def train_odd(ranks: Any, folder: Path, stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Two steps, saved, read into another model: (averaged weights, trained weights) of it."""
+    from trainer.distributed import Trained, ZeroConfig
+    from trainer.optim import AdamWConfig
+
+    def make(value: float) -> Trained:
+        torch.manual_seed(0)
+        model = Odd()
+        model.frozen.data.fill_(value)
+        return Trained(model, ZeroConfig(stage=stage), AdamWConfig(average_decay=0.9), "fp32", 1)
+
+    first, second = make(2.0), make(5.0)
+    for _ in range(2):
+        first.backward(first.model(torch.ones(4, 3)).square().sum())
+        first.step()
+    state = {"best": {}, "shapes": checkpoint.shapes_of(first.module), "ties": first.ties}
+    checkpoint.save(folder, CONFIG, 1, first.slices(), state)
+    found = checkpoint.newest(folder)
+    second.allocate(found.slots(), first.scalars())
+    found.fill(second.slices(everything=True), checkpoint.shapes_of(second.module))
+    second.filled()
+    Odd().load_state_dict(found.weights())
+    for name, value in first.module.state_dict().items():
+        assert torch.equal(second.module.state_dict()[name], value), name
+    average = first.full()
+    assert average.keys() == {"a.weight", "b.weight"}
+    assert torch.equal(average["b.weight"], average["a.weight"])
+    assert not torch.equal(average["a.weight"], first.module.a.weight)
+    return found.weights(), average
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (1, 2)])
+def test_tied_and_frozen_weights_are_kept(tmp_path: Path, stage: int, world_size: int) -> None:
+    for weights, average in run_ranks(world_size, train_odd, tmp_path, stage):
+        assert weights.keys() == {"a.weight", "b.weight", "frozen", "kept"}
+        assert torch.equal(weights["frozen"], torch.full((3,), 2.0))
+        assert all(torch.equal(weights[n], average[n]) for n in average)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -187,6 +187,17 @@ def test_resume_may_change_some_keys_and_no_others() -> None:
     assert names == ["model.rnn.hidden_size", "plan.num_buckets", "seed"]
 
 
+def test_a_key_that_is_new_has_its_default_in_an_older_run() -> None:
+    config = recipe.load("speech/tones").config
+    saved = configuration.plain(config)
+    del saved["precision"], saved["optimizer"]["eps"], saved["model"]["rnn"]["cell"]
+    assert configuration.differences(saved, config) == []
+    other = recipe.load("speech/tones", ["precision=bf16"]).config
+    assert configuration.differences(saved, other) == [("precision", "fp32", "bf16")]
+    gone = {**configuration.plain(config), "was_once": 3}
+    assert configuration.differences(gone, config) == [("was_once", 3, "(absent)")]
+
+
 def test_a_saved_configuration_is_the_same_when_read_again() -> None:
     config = recipe.load("speech/tones").config
     text = configuration.dump_yaml(configuration.plain(config))

@@ -6,7 +6,6 @@ into them: `bare_step` and `bare_load`.
 
 import io
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from trainer.data.plan import Step
 from trainer.distributed import Ranks
 from trainer.engine import Training, initialise
 from trainer.errors import UserError
+from trainer.run import read_lines
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def interleaved(ways: dict[str, Callable[[], object]], repetitions: int) -> dict
 
 def describe(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "low", "high"), values[0])
     low, middle, high = statistics.quantiles(values, n=4)
     return {"median": middle, "low": low, "high": high}
 
@@ -179,11 +181,15 @@ def bare_load(dataset: Any, steps: Sequence[Step]) -> None:
 
 
 def bench_loader(config: str, overrides: list[str], ranks: Ranks, repetitions: int, num_steps: int) -> dict[str, Any]:
-    """Audio-hours a second of the loader against `bare_load`, and the share of a real step that waits for data.
+    """Audio-hours a second of the loader against `bare_load`, and the share of a real run that waits for data.
 
     Args:
         repetitions: how often each way loads all the steps.
         num_steps: steps of the plan.
+
+    Returns:
+        hours a second and ratios to the bare loop; of two whole epochs of training, the first step and those at the
+        start of an epoch included, the share of the step time that was waiting.
     """
     recipe = recipes.load(config, overrides)
     dataset: Any = recipe.build_dataset("train")
@@ -207,16 +213,12 @@ def bench_loader(config: str, overrides: list[str], ranks: Ranks, repetitions: i
         repetitions,
     )
     torch.set_num_threads(threads)
-    waits = []
     with tempfile.TemporaryDirectory() as folder:
-        extra = [f"runs_dir={folder}", "name=wait", "tracking.wandb=disabled", f"max_steps={2 * num_steps}"]
+        extra = [f"runs_dir={folder}", "name=wait", "max_epochs=2", "max_steps=null", "validation.every_steps=1000000"]
+        extra += ["tracking.wandb=disabled", "tracking.log_every_steps=1", "checkpoint.every_steps=1000000"]
         training = Training(recipes.load(config, [*overrides, *extra]), ranks)
-        loader = Loader(dataset, steps, 0, 1, size, recipe.config.num_workers)
-        for step, batches in zip(steps, loader, strict=True):
-            start = time.perf_counter()
-            training.step(step, batches, loader.waited_seconds)
-            waits.append(100 * loader.waited_seconds / (time.perf_counter() - start + loader.waited_seconds))
-        training.close(0)
+        training.fit()
+        rows = [row for row in read_lines(training.run.metrics) if row["kind"] == "train"]
     base = timings["bare loop"]
     return {
         "config": config,
@@ -229,22 +231,20 @@ def bench_loader(config: str, overrides: list[str], ranks: Ranks, repetitions: i
             }
             for name, t in timings.items()
         },
-        "waiting_percent_of_step": describe(waits[1:]),  # the first step waits for the workers to start
-        "waiting_percent_first_step": waits[0],
+        "waiting_percent": _waiting_percent(rows),
+        "waiting_percent_of_first_steps": [row["data_wait_percent"] for row in _first_steps(rows)],
+        "waiting_percent_after_the_first_step": _waiting_percent(rows[1:]),  # that one waits for the workers to start
+        "trained_steps": len(rows),
         "num_workers": recipe.config.num_workers,
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+def _waiting_percent(rows: Sequence[dict[str, Any]]) -> float:
+    """Share of the time of all steps together that was waiting for data."""
+    seconds = sum(row["step_seconds"] for row in rows)
+    return float(sum(row["data_wait_percent"] * row["step_seconds"] for row in rows) / seconds) if rows else 0.0
+
+
+def _first_steps(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first step of each epoch."""
+    return [row for i, row in enumerate(rows) if i == 0 or row["epoch"] != rows[i - 1]["epoch"]]

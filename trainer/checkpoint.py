@@ -17,18 +17,18 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import distributed
 from trainer.config import Config, show
-from trainer.distributed import BUFFER, WEIGHT, Slice
+from trainer.distributed import BUFFER, CARRIED, WEIGHT, Slice
 from trainer.errors import UserError
 from trainer.optim import AVERAGE
 
@@ -89,7 +89,7 @@ class Checkpoint:
 
     def tensors(self, slot: str) -> dict[str, Tensor]:
         """One slot as whole tensors by name; empty if the slot was not kept."""
-        shapes = self.state["shapes"]
+        shapes = self.state["shapes"] | self.state.get("carried", {})
         whole: dict[str, Tensor] = {}
         for piece in self.slices():
             if piece.slot == slot:
@@ -99,20 +99,27 @@ class Checkpoint:
         return whole
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict to evaluate with: averaged weights if there are any, and buffers."""
+        """The state dict to evaluate with: averaged weights if there are any, frozen ones, and buffers."""
         weights = self.tensors(WEIGHT) | self.tensors(AVERAGE)
-        return weights | self.tensors(BUFFER)
+        ties = {other: weights[name] for other, name in self.state.get("ties", {}).items()}
+        return weights | ties | self.tensors(BUFFER)
 
     def slots(self) -> set[str]:
         """Names of the optimizer's slots."""
-        return {piece.slot for piece in self.slices()} - {WEIGHT, BUFFER}
+        return {piece.slot for piece in self.slices()} - {WEIGHT, BUFFER, CARRIED}
 
-    def fill(self, targets: Iterable[Slice]) -> None:
+    def fill(self, targets: Iterable[Slice], shapes: Mapping[str, list[int]]) -> None:
         """Copy saved values into live slices, however either side is cut.
 
+        Args:
+            targets: what is to be filled.
+            shapes: of the whole tensors by name.
+
         Raises:
+            UserError: a tensor was saved with another shape.
             BrokenCheckpointError: a value that is wanted was not saved.
         """
+        self.check_shapes(shapes)
         saved: dict[tuple[str, str], list[Slice]] = {}
         for piece in self.slices():
             saved.setdefault((piece.name, piece.slot), []).append(piece)
@@ -128,6 +135,54 @@ class Checkpoint:
                 raise BrokenCheckpointError(
                     f"{show(self.folder)}: {target.name} ({target.slot}) lacks {missing} numbers"
                 )
+
+    def check_shapes(self, shapes: Mapping[str, list[int]]) -> None:
+        """Compare the model that was saved with another.
+
+        Args:
+            shapes: of the other one's tensors by name.
+
+        Raises:
+            UserError: it has other tensors, or some of another shape; all are named.
+        """
+        saved = self.state["shapes"]
+        wrong = [
+            f"{name}: here {shapes.get(name, 'absent')}, there {saved.get(name, 'absent')}"
+            for name in sorted({*shapes, *saved})
+            if shapes.get(name) != saved.get(name)
+        ]
+        if wrong:
+            shown = wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
+            raise UserError(f"{show(self.folder)}: its weights do not fit this model:\n" + "\n".join(shown))
+
+    def check_data(self, found: Mapping[str, Mapping[str, str]]) -> None:
+        """Compare the data that was trained on with what is there now.
+
+        Args:
+            found: for each split (or some), the identity of its data set.
+
+        Raises:
+            UserError: it is other data; every difference is named, with the cure.
+        """
+        saved = self.state.get("data", {})
+        lines = [
+            f"{show(self.folder)}: {split}: {name}: saved {saved[split][name]!r}, now {value!r}"
+            for split, facts in found.items()
+            for name, value in facts.items()
+            if saved.get(split, {}).get(name, value) != value
+        ]
+        if lines:
+            run = show(self.folder.parent.parent)
+            raise UserError(
+                "\n".join(lines)
+                + f"\nthis is other data than the run in {run} was trained on: put it back (data.path), or start a new "
+                f"run with name=OTHER and init_from={run} to take its weights"
+            )
+
+
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """Shape of every tensor of a model by name."""
+    return {name: list(t.shape) for name, t in model.state_dict().items()}
 
 
 def _check_file(path: Path, facts: dict[str, Any]) -> None:
@@ -176,7 +231,7 @@ def save(folder: Path, config: CheckpointConfig, step: int, slices: Iterable[Sli
         state: everything else, JSON values, equal on all ranks. `state["best"]` maps steps to their monitored value.
 
     Returns:
-        whether it was written. A failure (a full disk) is logged and never ends the run: the older ones stay.
+        whether it was written. A failure (a full disk) is logged, and the older ones stay.
     """
     final = step_folder(folder, step)
     partial = folder / f".{final.name}.partial"
@@ -206,7 +261,10 @@ def save(folder: Path, config: CheckpointConfig, step: int, slices: Iterable[Sli
         _write(pointer, f"{final.name}\n".encode())
         pointer.replace(folder / LATEST)
         _sync_folder(folder)
-        prune(folder, config, {int(s): v for s, v in state.get("best", {}).items()})
+        try:
+            prune(folder, config, {int(s): v for s, v in state.get("best", {}).items()})
+        except OSError as error:
+            log.warning("an old checkpoint was not deleted: %s", error)
 
     name = f"rank-{torch.distributed.get_rank():05d}.pt"
     try:
@@ -220,7 +278,7 @@ def save(folder: Path, config: CheckpointConfig, step: int, slices: Iterable[Sli
         distributed.on_first(publish)
     except (OSError, BrokenCheckpointError) as error:
         if torch.distributed.get_rank() == 0:
-            log.warning("checkpoint of step %d was not written, the run goes on: %s", step, error)
+            log.warning("checkpoint of step %d was not written: %s", step, error)
             shutil.rmtree(partial, ignore_errors=True)
         return False
     return True

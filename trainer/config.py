@@ -4,6 +4,7 @@ A config class stands beside the class it builds. A key that nobody declared is 
 and all errors are printed at once. This is the only module that reads YAML.
 """
 
+import contextlib
 import difflib
 import types
 import typing
@@ -339,7 +340,12 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
-    """Keys that make it another run: (dotted key, saved value, new value), free keys left out."""
+    """Keys that make it another run: (dotted key, saved value, new value), free keys left out.
+
+    A key that did not exist when the other was saved has its default there: it must mean what was done before.
+    """
+    with contextlib.suppress(ValidationError):  # it holds what is no key or value any more: that is a difference
+        saved = plain(type(config).model_validate(saved))
     old, new = flatten(saved), flatten(plain(config))
     free = [name for name, may_change in keys_of(type(config)).items() if may_change]
     absent = "(absent)"

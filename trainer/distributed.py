@@ -153,7 +153,7 @@ class Slice:
 
     name: str
     slot: str
-    """ "weight", a slot of the optimizer ("exp_avg", "average", ...), or "buffer"."""
+    """ "weight", a slot of the optimizer ("exp_avg", "average", ...), "buffer" (frozen weights too), or "carried"."""
     start: int
     """Place of the first element in the flattened tensor."""
     values: Tensor
@@ -162,6 +162,7 @@ class Slice:
 
 WEIGHT = "weight"
 BUFFER = "buffer"
+CARRIED = "carried"
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ class Trained:
 
     Attributes:
         model: call this; `module` is the bare one.
+        names: of the trained parameters; a tied one has the first of its names.
+        ties: other name of a tied parameter -> its name in `names`.
     """
 
     def __init__(
@@ -198,6 +201,8 @@ class Trained:
         self.stage = zero.stage
         self.module = model
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        everywhere = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+        self.ties = {n: self.names[p] for n, p in everywhere if n != self.names[p]}
         self.optimizer: Guarded = build_optimizer(optimizer, model, guards=zero.stage == 0)
         self.model, self._wrapper, _, _ = deepspeed.initialize(
             model=model,
@@ -252,10 +257,10 @@ class Trained:
                 if torch.is_tensor(values) and values.numel() == holder.numel() and values.ndim:
                     yield Slice(name, slot, start, values.view(-1)[offset : offset + length])
         if everything or dist.get_rank() == 0:
-            persistent = self.module.state_dict().keys()
-            for name, buffer in self.module.named_buffers():
-                if name in persistent:
-                    yield Slice(name, BUFFER, 0, buffer.view(-1))
+            trained = {*self.names.values(), *self.ties}
+            for name, values in self.module.state_dict().items():
+                if name not in trained:
+                    yield Slice(name, BUFFER, 0, values.view(-1))
 
     def scalars(self) -> list[dict[str, float]]:
         """For each parameter group, the optimizer's numbers that are not tensors of the weights' shape."""
@@ -284,20 +289,19 @@ class Trained:
             self._wrapper.update_lp_params()
 
     def full(self, slot: str = AVERAGE) -> dict[str, Tensor]:
-        """One slot of every trained weight as a whole, on every rank; weights where the slot does not exist."""
+        """One slot of every trained weight as a whole, by every name, on every rank; weights where the slot does not
+        exist."""
         weights = {name: p.detach() for p, name in self.names.items()}
-        if slot == WEIGHT:
-            return weights
-        found = [s for s in self.slices(everything=True) if s.slot == slot]
-        if not sum(gather(len(found))):
-            return weights
+        found = [] if slot == WEIGHT else [s for s in self.slices(everything=True) if s.slot == slot]
+        if slot == WEIGHT or not sum(gather(len(found))):
+            return weights | {other: weights[name] for other, name in self.ties.items()}
         whole = {name: torch.zeros_like(w) for name, w in weights.items()}
         for piece in found:
             whole[piece.name].view(-1)[piece.start : piece.start + len(piece.values)] = piece.values
         if self.stage:
             for values in whole.values():
                 sum_over_ranks(values)  # every element is zero on all ranks but its owner
-        return whole
+        return whole | {other: whole[name] for other, name in self.ties.items()}
 
 
 def _import_deepspeed() -> Any:

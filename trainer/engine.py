@@ -8,7 +8,11 @@ decisions (stop, best, plateau, bad samples) are made from numbers that are equa
 import logging
 import math
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +22,23 @@ from trainer import checkpoint as checkpoints
 from trainer import config as configuration
 from trainer import distributed, keyed, machine
 from trainer.checkpoint import Checkpoint
-from trainer.data.dataset import Batch, Dataset
+from trainer.data.dataset import Batch, Fault
 from trainer.data.loader import Loader
-from trainer.data.plan import MicroBatch, Step, mine
-from trainer.distributed import Ranks, Trained
-from trainer.errors import RequeueError, UserError
+from trainer.data.plan import MicroBatch, Rejection, Step, mine
+from trainer.distributed import CARRIED, Ranks, Slice, Trained
+from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.metrics import Mean, add
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
-from trainer.recipe import Recipe, Row, StepOutput
-from trainer.run import Ledger, RunDirectory, append, read_lines
+from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.run import Ledger, RunDirectory, append
 from trainer.signals import StopSignals
 from trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+RETRY_SECONDS = (1.0, 5.0)
+"""Waits before a checkpoint that was not written is tried again."""
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -66,46 +73,117 @@ class Position:
     """Wall time of all steps so far."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of scoring a split; equal on all ranks."""
+
+    values: dict[str, float]
+    """Means of all losses ("loss" is their weighted sum) and metrics."""
+    rows: list[Row]
+    """A row a sample."""
+    scored: int
+    """Samples that counted."""
+    bad: list[Fault]
+    """Samples that could not be read."""
+
+
+def left_out(rejections: Iterable[Rejection | Fault]) -> str:
+    """What cannot be used, as counts of each reason."""
+    reasons = Counter(r.reason for r in rejections)
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+
+
+def refuse_too_many(bad: int, total: int, config: RunConfig, path: Path, last: Iterable[Mapping[str, Any]]) -> None:
+    """Stop where more samples turned out bad than the configuration allows.
+
+    Args:
+        bad: their number, of `total`.
+        path: where all are on record.
+        last: those to show.
+
+    Raises:
+        UserError: they are too many.
+    """
+    allowed = max(1, int(config.max_bad_share * total))
+    if bad > allowed:
+        raise UserError(
+            f"{path}: {bad} bad samples of {total}, more than max_bad_share = {config.max_bad_share:g} allows "
+            f"({allowed}); mend the data or raise it. The last ones:\n"
+            + "\n".join(f"  {row['key']}: {row['reason']}" for row in last)
+        )
+
+
 class Evaluator:
     """Scores a split with a plain copy of the model, which holds the averaged weights.
 
     A copy of its own takes no part in training: nothing is written into a trained parameter, and no collective runs
     inside a forward pass. Results are added in the order of the micro-batches, so they are the same on any number of
     ranks.
+
+    Args:
+        recipe: with its configuration.
+        split: to score.
+        ranks: this process among all.
     """
 
-    def __init__(self, recipe: Recipe[Any], dataset: Dataset, ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe[Any], split: Split, ranks: Ranks) -> None:
         self.recipe = recipe
-        self.dataset = dataset
+        self.split = split
+        self.dataset = recipe.build_dataset(split)
         self.ranks = ranks
         self.model = recipe.build_model().to(ranks.device).eval()
 
     @torch.inference_mode()
-    def run(self, weights: dict[str, Tensor]) -> tuple[dict[str, float], list[Row]]:
-        """Means of all losses ("loss" is their weighted sum) and metrics, and a row a sample; equal on all ranks."""
+    def run(self, weights: dict[str, Tensor]) -> Evaluation:
+        """Score every sample that the plan can use."""
         self.model.load_state_dict(weights)
-        steps = self.dataset.plan.epoch(0)
-        rounds = [Step((m,), {}) for step in steps for m in step.micro_batches]
-        own = rounds[self.ranks.rank :: self.ranks.world_size]
         results = []
-        for number, step in enumerate(own):
-            batch = to_device(self.dataset.load(step.micro_batches[0]), self.ranks.device)
-            output = self.recipe.step(self.model, batch)
+        carried: dict[int, State] = {}
+        own = slice(self.ranks.rank, None, self.ranks.world_size)  # by number, as in training: a stream stays together
+        for micro_batch in (m for step in self.dataset.plan.epoch(0) for m in step.micro_batches[own]):
+            batch = self.dataset.load(micro_batch)
+            state = carried.pop(micro_batch.number, None)
+            output = self.recipe.step(self.model, to_device(batch, self.ranks.device), state)
+            if output.state is not None:
+                carried[micro_batch.number] = output.state
             means = {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()}
             weight = {name: x.weight for name, x in output.losses.items()}
             means |= {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()}
-            results.append((number * self.ranks.world_size + self.ranks.rank, means, weight, output.rows))
+            place = (micro_batch.step, micro_batch.number)
+            results.append((place, means, weight, output.rows, int(batch["valid"].sum()), batch["faults"]))
         everything = sorted((r for part in distributed.gather(results) for r in part), key=lambda r: r[0])
         totals: dict[str, Mean] = {}
         weights_of: dict[str, float] = {}
-        rows: list[Row] = []
-        for _, means, weight, more in everything:
+        for _, means, weight, *_ in everything:
             add(totals, means)
             weights_of |= weight
-            rows += more
         values = {name: float(m.sum) / max(m.count, 1e-9) for name, m in totals.items()}
         values["loss"] = sum(values[name] * w for name, w in weights_of.items())
-        return values, rows
+        return Evaluation(
+            values,
+            rows=[row for r in everything for row in r[3]],
+            scored=sum(r[4] for r in everything),
+            bad=[fault for r in everything for fault in r[5]],
+        )
+
+    def account(self, evaluation: Evaluation, run: RunDirectory, step: int, epoch: int) -> None:
+        """Put bad samples on record, and stop where they are too many; every rank calls it.
+
+        Args:
+            step, epoch: the age of the weights.
+
+        Raises:
+            UserError: too many are bad, or none was left to score.
+        """
+        facts = {"split": self.split, "epoch": epoch, "step": step}
+        rows = [{**facts, "key": fault.key, "reason": fault.reason} for fault in evaluation.bad]
+        if self.ranks.first:
+            for row in run.add_to_quarantine(rows):
+                log.warning("bad sample %s (%s): %s", row["key"], self.split, row["reason"])
+        refuse_too_many(len(rows), len(self.dataset), self.recipe.config, run.quarantine, rows[-10:])
+        if not evaluation.scored:
+            reasons = left_out(self.dataset.plan.rejections)
+            raise UserError(f"{self.recipe.config.name}: no sample of the split {self.split} can be scored: {reasons}")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -131,24 +209,30 @@ class Training:
         distributed.on_first(lambda: self.run.claim(config))
         self._log_to_file()
         self.dataset = recipe.build_dataset("train")
-        self.validation = Evaluator(recipe, recipe.build_dataset("valid"), ranks)
+        self.validation = Evaluator(recipe, "valid", ranks)
+        self.data = {"train": self.dataset.identity, "valid": self.validation.dataset.identity}
+        self._compare_data()
         self.rounds = math.ceil(self.dataset.plan.micro_batches_per_step / ranks.world_size)
         model = recipe.build_model()
         initialise(model, config.seed)
-        found = checkpoints.newest(self.run.checkpoints)
+        found: Checkpoint | None = distributed.on_first(lambda: checkpoints.newest(self.run.checkpoints))
         if found is None and config.init_from is not None:
             self._take_weights(model)
         model.to(ranks.device)
         self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
+        self.carried: dict[int, State] = {}  # by number of the micro-batch, those of this rank
         if found is not None:
             self._restore(found)
         else:
             first = self.dataset.plan.epoch(0)
-            if not first:
-                raise UserError(f"{config.name}: the training split holds no usable sample: {self._rejected()}")
+            for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
+                if not dataset.plan.epoch(0):
+                    reasons = left_out(dataset.plan.rejections) or "it is empty"
+                    raise UserError(f"{config.name}: the split {split} holds no usable sample: {reasons}")
             self.position.total_steps = config.max_steps or len(first) * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
+        distributed.on_first(self._record_rejections)
         self.machine = machine.describe()
         self.signals = signals or StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)
@@ -166,37 +250,43 @@ class Training:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
 
-    def _rejected(self) -> str:
-        reasons: dict[str, int] = {}
-        for r in self.dataset.plan.rejections:
-            reasons[r.reason] = reasons.get(r.reason, 0) + 1
-        return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none rejected"
-
     def _take_weights(self, model: nn.Module) -> None:
         source = RunDirectory.existing(str(self.config.init_from))
-        weights = checkpoints.best(source.checkpoints).weights()
-        own = {name: list(t.shape) for name, t in model.state_dict().items()}
-        theirs = {name: list(t.shape) for name, t in weights.items()}
-        wrong = [
-            f"{n}: here {own.get(n, 'absent')}, there {theirs.get(n, 'absent')}"
-            for n in sorted({*own, *theirs})
-            if own.get(n) != theirs.get(n)
-        ]
-        if wrong:
-            raise UserError(
-                f"init_from = {self.config.init_from}: its weights do not fit this model:\n" + "\n".join(wrong)
-            )
-        model.load_state_dict(weights)
+        best: Checkpoint = distributed.on_first(lambda: checkpoints.best(source.checkpoints))
+        best.check_shapes(checkpoints.shapes_of(model))
+        model.load_state_dict(best.weights())
         log.info("took the weights of %s", self.config.init_from)
+
+    def _record_rejections(self) -> None:
+        """What the plans leave out from the start."""
+        for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
+            rejected = dataset.plan.rejections
+            facts = {"split": split, "epoch": 0, "step": 0}
+            self.run.add_to_quarantine([{**facts, "key": r.key, "reason": r.reason} for r in rejected])
+
+    def _compare_data(self) -> None:
+        """All ranks must see the same data, or their plans would differ."""
+        for rank, data in enumerate(distributed.gather(self.data)):
+            if data != self.data:
+                raise UserError(
+                    f"rank {rank} finds other data than rank {self.ranks.rank}: {data} and {self.data}; "
+                    "copy the same data.path to every host"
+                )
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state
+        found.check_data(self.data)
         self.trained.allocate(found.slots(), state["scalars"])
-        found.fill(self.trained.slices(everything=True))
+        found.fill(self.trained.slices(everything=True), checkpoints.shapes_of(self.trained.module))
         self.trained.filled()
         self.position = Position(**state["position"])
         self.plateau.restore(state["plateau"])
         self.best = {int(step): value for step, value in state["best"].items()}
+        for name, values in found.tensors(CARRIED).items():
+            number, _, part = name.partition(".")
+            if int(number) % self.ranks.world_size == self.ranks.rank:
+                self.carried.setdefault(int(number), {})[part] = values.to(self.ranks.device)
+        self._saved_step = self.position.step
         log.info("resumed from %s", found.folder)
 
     # The loop
@@ -210,17 +300,19 @@ class Training:
         Raises:
             RequeueError: stopped by a signal, saved.
             UserError: too many bad samples or refused steps.
+            SystemExit: the last checkpoint could not be written; exit code 1.
         """
-        where = self.position
         self._greet()
         exit_code = 1
         values: dict[str, float] = {}
         try:
             with self.signals:
                 while not self._finished():
-                    values = self._epoch() or values
-            if not checkpoints.step_folder(self.run.checkpoints, where.step).is_dir():
-                self._save()
+                    values = self._train() or values
+            if self._stops_early():
+                stop_after = self.config.validation.early_stop_after
+                self.tracker.say(f"stopped early: no better {self.recipe.monitor} for {stop_after} validations")
+            self._save_or_fail()
             exit_code = 0
         except RequeueError:
             exit_code = 75
@@ -238,8 +330,9 @@ class Training:
         where = self.position
         if where.step:
             self.tracker.say(f"resumed at step {where.step} (epoch {where.epoch + 1}) of {where.total_steps}")
-        if self.dataset.plan.rejections:
-            self.tracker.say(f"left out: {self._rejected()}")
+        for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
+            if rejections := dataset.plan.rejections:
+                self.tracker.say(f"{split}: left out of {len(dataset)} samples: {left_out(rejections)}")
         trained = sum(p.numel() for p in self.trained.module.parameters())
         self.tracker.say(
             f"{self.config.name}: {trained:,} parameters, {self.ranks.world_size} process(es) x "
@@ -247,26 +340,39 @@ class Training:
             f"ZeRO {self.config.zero.stage}, {self.config.precision}"
         )
 
+    def _stops_early(self) -> bool:
+        stop_after = self.config.validation.early_stop_after
+        return stop_after is not None and self.plateau.since_best >= stop_after
+
     def _finished(self) -> bool:
         where, config = self.position, self.config
-        stop_after = config.validation.early_stop_after
-        if stop_after is not None and self.plateau.since_best >= stop_after:
-            self.tracker.say(f"stopped early: no better {self.recipe.monitor} for {stop_after} validations")
+        if self._stops_early():
             return True
         return where.epoch >= config.max_epochs or (config.max_steps is not None and where.step >= config.max_steps)
 
-    def _epoch(self) -> dict[str, float] | None:
-        """Train what is left of the current epoch; the numbers of its last validation, if there was one."""
+    def _coming(self) -> Iterator[Step]:
+        """The steps from here to the end, if no more samples turn out bad than are known now."""
         where, config = self.position, self.config
-        steps = self.dataset.plan.epoch(where.epoch, where.excluded)
-        left = steps[where.step_in_epoch :]
-        ranks = self.ranks
-        loader = Loader(self.dataset, left, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
+        done, excluded, later = where.step_in_epoch, where.excluded, where.bad
+        for epoch in range(where.epoch, config.max_epochs):
+            yield from self.dataset.plan.epoch(epoch, excluded)[done:]
+            done, excluded = 0, later
+
+    def _train(self) -> dict[str, float] | None:
+        """Train to the end, or to that of an epoch after which more samples are left out than the loader knew.
+
+        Returns:
+            the numbers of the last validation, if there was one.
+        """
+        where, config, ranks = self.position, self.config, self.ranks
+        before, known = where.step, sorted(where.bad)
+        left = None if config.max_steps is None else config.max_steps - where.step
+        steps = islice(self._coming(), left)
+        loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
         values = None
-        for step, batches in zip(left, loader, strict=True):
+        for step, batches in loader:
             self.step(step, batches, loader.waited_seconds)
-            last = where.step_in_epoch == len(steps)
-            epoch = where.epoch
+            epoch, last = where.epoch, step.last
             if last:
                 where.epoch, where.step_in_epoch = where.epoch + 1, 0
                 where.excluded = sorted(where.bad)
@@ -275,16 +381,23 @@ class Training:
             better = False
             if (where.step % every == 0 if every else last) or ended or (last and where.epoch >= config.max_epochs):
                 values, better = self._validate(epoch)
-            if better or where.step % config.checkpoint.every_steps == 0 or self._stopping:
+            if better or where.step % config.checkpoint.every_steps == 0:
                 self._save()
             if self._stopping:
+                self._save_or_fail()
                 self.tracker.say(f"stopped by a signal at step {where.step}, saved; the same command goes on")
                 raise RequeueError
-            if self._finished():
+            if self._finished() or (last and where.excluded != known):
                 break
+        if where.step == before:
+            raise UserError(
+                f"{config.name}: epoch {where.epoch + 1} holds no sample: {len(where.excluded)} of {len(self.dataset)} "
+                f"are left out as bad, see {self.run.quarantine}"
+            )
         return values
 
     _stopping = False
+    _saved_step = -1
 
     def step(self, step: Step, batches: list[Batch], waited: float) -> None:
         """One optimizer step on this rank's batches, with everything that is recorded about it.
@@ -304,12 +417,17 @@ class Training:
             if micro_batch is not None:
                 self.ledger.write(where.epoch, where.step + 1, micro_batch.number, batch)
                 faults += batch["faults"]
-            output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device))
+            state = self.carried.pop(micro_batch.number, None) if micro_batch is not None else None
+            output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device), state)
+            if micro_batch is not None and output.state is not None:
+                self.carried[micro_batch.number] = {name: t.detach() for name, t in output.state.items()}
             self.trained.backward(self._scaled(output, step))
             for name, loss in output.losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss.sum.detach())
             applied = self.trained.step()
         assert applied is not None
+        if step.last or not applied.applied:  # a stream starts anew; a state behind a refused step is not finite
+            self.carried.clear()
         update_statistics(self.trained.module, applied.applied)
 
         names = sorted(sums)
@@ -381,23 +499,15 @@ class Training:
     def _quarantine(self, own: list[Any]) -> None:
         where = self.position
         rows = [
-            {"key": f.key, "reason": f.reason, "epoch": where.epoch, "step": where.step}
+            {"split": "train", "key": f.key, "reason": f.reason, "epoch": where.epoch, "step": where.step}
             for part in distributed.gather(own)
             for f in part
         ]
         where.bad = sorted({*where.bad, *(row["key"] for row in rows)})
         if self.ranks.first:
-            append(self.run.quarantine, rows)
-            for row in rows:
+            for row in self.run.add_to_quarantine(rows):
                 log.warning("bad sample %s: %s", row["key"], row["reason"])
-        allowed = max(1, int(self.config.max_bad_share * len(self.dataset)))
-        if len(where.bad) > allowed:
-            shown = list(read_lines(self.run.quarantine))[-10:] if self.ranks.first else []
-            raise UserError(
-                f"{self.run.quarantine}: {len(where.bad)} bad samples, more than max_bad_share = "
-                f"{self.config.max_bad_share:g} allows ({allowed}); mend the data or raise it. The last ones:\n"
-                + "\n".join(f"  {row['key']}: {row['reason']}" for row in shown)
-            )
+        refuse_too_many(len(where.bad), len(self.dataset), self.config, self.run.quarantine, rows[-10:])
 
     def _refused(self, own: list[str]) -> None:
         where = self.position
@@ -420,7 +530,9 @@ class Training:
 
     def _validate(self, epoch: int) -> tuple[dict[str, float], bool]:
         where, start = self.position, time.perf_counter()
-        values, rows = self.validation.run(self.weights())
+        evaluation = self.validation.run(self.weights())
+        self.validation.account(evaluation, self.run, where.step, epoch)
+        values = evaluation.values
         monitor = self.recipe.monitor
         if monitor not in values:
             raise KeyError(f"the recipe monitors {monitor!r}; validation gives {sorted(values)}")
@@ -437,23 +549,50 @@ class Training:
             }
         )
         if self.ranks.first and self.config.validation.table_rows:
-            shown = sorted(rows, key=lambda r: keyed.key("table", r.key))[: self.config.validation.table_rows]
+            shown = sorted(evaluation.rows, key=lambda r: keyed.key("table", r.key))
             cells: list[tuple[dict[str, str | float], Any]] = []
-            for r in shown:
-                cells.append(({"key": r.key, "error": r.rate, **r.columns}, self.validation.dataset.media(r.key)))
+            for r in shown[: self.config.validation.table_rows]:
+                try:
+                    cells.append(({"key": r.key, "error": r.rate, **r.columns}, self.validation.dataset.media(r.key)))
+                except Exception as error:  # a picture must not end a run, least of all on one rank alone
+                    log.warning("%s is missing in the table: %s", r.key, error)
             self.tracker.table(where.step, epoch, "valid/table", cells)
         return values, better
 
-    def _save(self) -> None:
+    def _save_or_fail(self) -> None:
+        """Write this step's checkpoint, if that is not done; without it the run must not end as if all were well."""
+        if self._saved_step != self.position.step and not self._save():
+            if self.ranks.first:
+                log.error(
+                    "%s: step %d could not be saved: make room or mend the disk; the same command goes on from the "
+                    "last checkpoint that was written",
+                    self.run.path,
+                    self.position.step,
+                )
+            raise SystemExit(EXIT_OUR_FAULT)
+
+    def _save(self) -> bool:
+        """Write a checkpoint; whether it was written. Between two attempts all ranks wait."""
+        carried = {f"{number}.{part}": t for number, s in self.carried.items() for part, t in s.items()}
+        shapes = {name: list(t.shape) for name, t in carried.items()}
         state = {
             "position": dict(self.position.__dict__),
             "plateau": self.plateau.state(),
             "best": {str(step): value for step, value in self.best.items()},
             "scalars": self.trained.scalars(),
-            "shapes": {name: list(t.shape) for name, t in self.trained.module.state_dict().items()},
+            "shapes": checkpoints.shapes_of(self.trained.module),
+            "ties": self.trained.ties,
+            "carried": {name: shape for part in distributed.gather(shapes) for name, shape in part.items()},
+            "data": self.data,
             "world_size": self.ranks.world_size,
             "zero_stage": self.config.zero.stage,
             "machine": self.machine,
             "config": configuration.plain(self.config),
         }
-        checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, self.trained.slices(), state)
+        for seconds in (0.0, *RETRY_SECONDS):
+            time.sleep(seconds)
+            slices = chain(self.trained.slices(), (Slice(n, CARRIED, 0, t.reshape(-1)) for n, t in carried.items()))
+            if checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, slices, state):
+                self._saved_step = self.position.step
+                return True
+        return False

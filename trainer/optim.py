@@ -5,12 +5,11 @@ saves it by name, whatever it is. After `deepspeed.initialize` nothing else may 
 """
 
 import math
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.config import Config
 
@@ -213,7 +212,3 @@ class Plateau:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-
-
-def count_parameters(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)

@@ -18,7 +18,7 @@ from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
 from trainer.config import PROJECT, Config, Free
 from trainer.data.dataset import Batch, Dataset
-from trainer.data.plan import BucketedConfig
+from trainer.data.plan import BucketedConfig, PlanConfig
 from trainer.distributed import ZeroConfig
 from trainer.errors import UserError
 from trainer.metrics import Loss, Mean
@@ -26,6 +26,9 @@ from trainer.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleCo
 from trainer.tracking import TrackingConfig
 
 Split = Literal["train", "valid", "test"]
+
+State = dict[str, Tensor]
+"""What a micro-batch hands to the next one of its number: the last hidden states of a stream, by name."""
 
 
 @dataclass
@@ -52,6 +55,8 @@ class StepOutput:
     """Added once a step, whatever the accumulation and the number of ranks: a function of the weights alone."""
     rows: list[Row] = field(default_factory=list)
     """In evaluation: a row a sample."""
+    state: State | None = None
+    """For the next micro-batch of this number; the engine detaches it."""
 
 
 class ValidationConfig(Config):
@@ -89,7 +94,7 @@ class RunConfig(Config):
     """Take the weights (nothing else) of another run's best checkpoint."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16; weights, losses and reductions stay in float32."""
-    plan: BucketedConfig = BucketedConfig()
+    plan: PlanConfig = BucketedConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     zero: Free[ZeroConfig] = ZeroConfig()
@@ -136,8 +141,11 @@ class Recipe(Generic[C]):
         """One split."""
         raise TypeError(f"{type(self).__name__} lacks build_dataset")
 
-    def step(self, model: nn.Module, batch: Batch) -> StepOutput:
+    def step(self, model: nn.Module, batch: Batch, state: State | None = None) -> StepOutput:
         """Losses, and in evaluation (`not model.training`) metrics and rows, of one micro-batch.
+
+        `state` is what the micro-batch of the same number left in the step before; None in the first step of an epoch
+        or evaluation, after a refused step, and in a dummy. A recipe that carries nothing ignores it.
 
         Places with `valid` false count 0 and still go through the model, so that all ranks run the same passes.
         """

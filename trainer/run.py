@@ -5,7 +5,7 @@ runs/NAME/
   checkpoints/       see trainer.checkpoint
   ledger/            rank-00000.jsonl: which samples were in which step, with checksums
   metrics.jsonl      numbers of each step and validation
-  quarantine.jsonl   bad samples and why
+  quarantine.jsonl   bad samples of every split, and why
   refused.jsonl      steps whose gradient was not finite, and their samples
   logs/ wandb/ report.html
 """
@@ -94,6 +94,14 @@ class RunDirectory:
         temporary = self.config.with_suffix(".tmp")
         temporary.write_text(configuration.dump_yaml(configuration.plain(config)), encoding="utf-8")
         temporary.replace(self.config)
+
+    def add_to_quarantine(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Record bad samples ({"split", "key", "reason", "epoch", "step"}) that are not on record yet; those. Rank 0
+        only."""
+        known = {(row.get("split", "train"), row["key"]) for row in read_lines(self.quarantine)}
+        new = [row for row in rows if (row["split"], row["key"]) not in known]
+        append(self.quarantine, new)
+        return new
 
     def cut_back(self, step: int) -> None:
         """Forget what was written after a step, in every file; rank 0 only."""

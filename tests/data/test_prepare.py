@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import soundfile
 import torch
 import webdataset
 
+from tests.helpers import overrides
+from trainer import recipe
 from trainer.config import PROJECT
 from trainer.data.audio import FeaturesConfig, decode
 from trainer.data.corpora.base import split_by_text
@@ -176,6 +179,24 @@ def test_shards_of_others_are_left_alone(tmp_path: Path) -> None:
     assert foreign.read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize(
+    ("gone", "wanted"),
+    [
+        (["shard-000002.tar"], r"shard-000002\.index\.jsonl: the shard of this index is missing \(one of 1\)"),
+        (["shard-000002.index.jsonl"], r"shard-000002\.tar: has no index"),
+        (["shard-000002.tar", "shard-000002.index.jsonl"], r"42 samples in 6 shards, corpus\.json .* says 50 in 7"),
+    ],
+)
+def test_a_missing_shard_is_noticed(tmp_path: Path, corpus: Path, gone: list[str], wanted: str) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    task = recipe.load("speech/tones", overrides(data, tmp_path))
+    task.build_dataset("train")
+    for name in gone:
+        (data / "train" / name).unlink()
+    with pytest.raises(UserError, match=wanted):
+        task.build_dataset("train")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_all_that_is_bad_is_named_at_once(tmp_path: Path, rows: list[dict[str, Any]], processes: int) -> None:
     (tmp_path / "5.wav").write_bytes(b"this is not audio")
@@ -249,6 +270,18 @@ def test_many_problems_are_counted(tmp_path: Path, rows: list[dict[str, Any]]) -
     with pytest.raises(UserError, match="and 5 more") as caught:
         prepare(settings(tmp_path), processes=1)
     assert len(str(caught.value).splitlines()) == 22
+
+
+def test_splits_that_share_a_text_are_told(
+    tmp_path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(settings(tmp_path), processes=1)
+    assert "warning" not in capsys.readouterr().out
+    rows[8]["text"], rows[10]["text"], rows[11]["text"] = (rows[i]["text"].upper() for i in (0, 0, 1))
+    write_manifest(tmp_path, rows)
+    prepare(settings(tmp_path), processes=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "(1 in train and valid, 2 in train and test, 1 in valid and test)" in line
 
 
 def test_no_split_may_be_empty(tmp_path: Path, rows: list[dict[str, Any]]) -> None:

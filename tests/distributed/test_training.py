@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import fit, overrides, run_ranks
+from tests.helpers import fit, overrides, run_ranks, spoil
 from trainer import checkpoint, distributed
 from trainer.errors import UserError
 from trainer.run import read_ledger, read_lines
@@ -111,6 +112,23 @@ def test_four_steps_are_two_and_resume_and_two(corpus: Path, tmp_path: Path, var
         torch.testing.assert_close(alone["raw"][name], value, rtol=0, atol=loose, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_batch_normalisation_does_not_depend_on_the_number_of_processes(
+    corpus: Path, tmp_path: Path, world_size: int
+) -> None:
+    """Running statistics too: some rounds are dummies, and the last step of an epoch is short."""
+    more = ["model.rnn.norm=batch", "model.subsampling.norm=batch", "optimizer.lr=1e-9", "max_epochs=1"]
+    more.append("plan.micro_batches_per_step=5")
+    want = run_ranks(1, fit, overrides(corpus, tmp_path, *more, "name=one"))[0]
+    got = run_ranks(world_size, fit, overrides(corpus, tmp_path, *more, f"name=n{world_size}"))[0]
+    steps = [row["step"] for row in read_ledger(want["run"] / "ledger")]
+    assert 0 < steps.count(max(steps)) < 5 == steps.count(1)
+    assert any("running_mean" in name for name in want["weights"])
+    for name, value in want["weights"].items():
+        torch.testing.assert_close(got["weights"][name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert got["values"]["loss"] == pytest.approx(want["values"]["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_is_equal_on_any_number_of_processes(corpus: Path, tmp_path: Path, world_size: int) -> None:
     """Every utterance once; best, plateau and rate decided alike on every rank."""
@@ -157,8 +175,8 @@ def poisoned(ranks: Any, arguments: list[str]) -> dict[str, Any]:
 
     original, calls = Speech.step, [0]
 
-    def step(self: Any, model: Any, batch: Any) -> Any:
-        output = original(self, model, batch)
+    def step(self: Any, model: Any, batch: Any, state: Any = None) -> Any:
+        output = original(self, model, batch, state)
         if model.training:
             calls[0] += 1
             if calls[0] == 2 * 2 + 1 and ranks.rank == ranks.world_size - 1:
@@ -232,6 +250,50 @@ def test_a_signal_to_one_rank_saves_and_stops_all(corpus: Path, tmp_path: Path) 
     assert numbers(resumed["run"]) == numbers(whole["run"])
 
 
+def on_a_broken_disk(ranks: Any, arguments: list[str], failures: int, stop: bool) -> dict[str, Any]:
+    """Train where the first attempts to write a checkpoint fail on the last rank."""
+    from trainer import engine
+
+    engine.RETRY_SECONDS = (0.0, 0.0)
+    original, left = checkpoint._write, [failures if ranks.rank == ranks.world_size - 1 else 0]
+
+    def write(path: Path, content: bytes) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        return original(path, content)
+
+    checkpoint._write = write
+    return (interrupted if stop else fit)(ranks, arguments)
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["to the end", "stopped"])
+def test_a_run_that_could_not_be_saved_does_not_end_well(corpus: Path, tmp_path: Path, stop: bool) -> None:
+    """Three attempts each: at the new best of step 4 (or at none) and at the end (or when stopped)."""
+    arguments = overrides(corpus, tmp_path, "name=run", "max_steps=4")
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="SystemExit: 1"):
+        run_ranks(2, on_a_broken_disk, arguments, 9, stop)
+    assert checkpoint.newest(run / "checkpoints") is None
+    result = run_ranks(2, on_a_broken_disk, arguments, 2, stop)[0]  # the third attempt does it
+    assert result["stopped"] == stop
+    assert checkpoint.newest(run / "checkpoints").state["position"]["step"] == (2 if stop else 4)
+
+
+def blind(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    """Train where the second rank cannot tell which checkpoints there are."""
+    if not ranks.first:
+        checkpoint.newest = lambda folder: None
+    return fit(ranks, arguments)
+
+
+def test_rank_0_chooses_the_checkpoint_for_all(corpus: Path, tmp_path: Path) -> None:
+    arguments = overrides(corpus, tmp_path, "name=run", "validation.every_steps=9")
+    run_ranks(2, fit, [*arguments, "max_steps=1"])
+    results = run_ranks(2, blind, [*arguments, "max_steps=2"])
+    assert [r["position"]["step"] for r in results] == [2, 2]
+
+
 def test_starting_a_finished_run_again_does_nothing(corpus: Path, tmp_path: Path) -> None:
     arguments = overrides(corpus, tmp_path, "max_steps=2", "validation.every_steps=9")
     first = run_ranks(2, fit, arguments)[0]
@@ -240,12 +302,21 @@ def test_starting_a_finished_run_again_does_nothing(corpus: Path, tmp_path: Path
     assert len(list(read_lines(first["run"] / "metrics.jsonl"))) == 3  # two steps and a validation
 
 
+def fit_and_listen(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    from trainer.tracking import Tracker
+
+    said: list[str] = []
+    Tracker.say = lambda self, text: said.append(text)
+    return fit(ranks, arguments) | {"said": said}
+
+
 def test_a_run_stops_early_where_it_gets_no_better(corpus: Path, tmp_path: Path) -> None:
     """Alike on every rank, and for good: started again it does nothing."""
     more = ["optimizer.lr=1e-12", "validation.every_steps=1", "validation.early_stop_after=2", "max_steps=20"]
     for _ in range(2):
-        results = run_ranks(2, fit, overrides(corpus, tmp_path, *more))
+        results = run_ranks(2, fit_and_listen, overrides(corpus, tmp_path, *more))
         assert [r["position"]["step"] for r in results] == [3, 3]
+        assert len([text for text in results[0]["said"] if "stopped early" in text]) == 1
 
 
 def test_another_configuration_in_the_same_directory_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -270,10 +341,117 @@ def test_weights_of_another_run(corpus: Path, tmp_path: Path) -> None:
         run_ranks(1, fit, [*arguments, "name=third", "model.rnn.hidden_size=8", f"init_from={first['run']}"])
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Corpora that differ from `corpus` in one thing."""
+    from trainer import recipe
+
+    folder = tmp_path_factory.mktemp("others")
+    changes = {"smaller": "data.corpus.num_utterances=40", "fewer letters": "data.corpus.alphabet=abcd"}
+    for name, change in changes.items():
+        recipe.load("speech/tones", overrides(folder / name, folder, change)).prepare()
+    return {name: folder / name for name in changes}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("smaller", "train: samples: saved '50 of index "), ("fewer letters", "alphabet: saved ' abcdefgh', now ' abcd'")],
+)
+def test_a_run_does_not_go_on_with_other_data(
+    corpus: Path, others: dict[str, Path], tmp_path: Path, name: str, wanted: str
+) -> None:
+    arguments = overrides(corpus, tmp_path, "name=run", "validation.every_steps=9")
+    run_ranks(1, fit, [*arguments, "max_steps=1"])
+    with pytest.raises(RuntimeError, match="UserError") as error:
+        run_ranks(2, fit, [*arguments, f"data.path={others[name]}"])
+    assert wanted in str(error.value)
+    assert "init_from=" in str(error.value)
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus, moved)
+    assert run_ranks(1, fit, [*arguments, f"data.path={moved}", "max_steps=2"])[0]["position"]["step"] == 2
+
+
+def fit_on_their_own(ranks: Any, paths: list[str], arguments: list[str]) -> dict[str, Any]:
+    return fit(ranks, [*arguments, f"data.path={paths[ranks.rank]}"])
+
+
+def test_ranks_that_see_other_data_are_told(corpus: Path, others: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"UserError: rank 1 finds other data than rank 0"):
+        run_ranks(2, fit_on_their_own, [str(corpus), str(others["smaller"])], overrides(corpus, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "wanted"),
+    [
+        (2, "0.01", r"2 bad samples of 3, more than max_bad_share = 0.01 allows \(1\)"),
+        (3, "1", "no sample of the split valid can be scored"),
+    ],
+)
+def test_bad_validation_data_ends_the_run(corpus: Path, tmp_path: Path, count: int, share: str, wanted: str) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    keys = spoil(data / "valid", count)
+    with pytest.raises(RuntimeError, match=f"UserError: .*{wanted}"):
+        run_ranks(2, fit, overrides(data, tmp_path, "name=run", "max_steps=2", f"max_bad_share={share}"))
+    rows = list(read_lines(tmp_path / "run" / "quarantine.jsonl"))
+    assert sorted(row["key"] for row in rows) == sorted(keys)
+    assert {(row["split"], row["step"]) for row in rows} == {("valid", 2)}
+
+
+def test_bad_validation_data_is_on_record_once(corpus: Path, tmp_path: Path) -> None:
+    """One bad clip is allowed; what the plan leaves out is told too."""
+    data = shutil.copytree(corpus, tmp_path / "data")
+    keys = spoil(data / "valid", 1)
+    more = ["name=run", "max_steps=3", "validation.every_steps=1", "plan.max_seconds=2.5"]
+    run = run_ranks(2, fit, overrides(data, tmp_path, *more))[0]["run"]
+    rows = list(read_lines(run / "quarantine.jsonl"))
+    assert [(row["key"], row["step"]) for row in rows if row["split"] == "valid"] == [(keys[0], 1)]
+    long = [row for row in rows if row["reason"] == "longer than 2.5 s"]
+    assert long
+    assert {row["step"] for row in long} == {0}
+
+
+def no_media(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    from trainer.data.speech import SpeechDataset
+    from trainer.tracking import Tracker
+
+    def fail(self: Any, key: str) -> Any:
+        raise OSError(5, "Input/output error")
+
+    tables = []
+    SpeechDataset.media = fail
+    Tracker.table = lambda *a: tables.append(a[-1])
+    return fit(ranks, arguments) | {"tables": tables}
+
+
+def test_a_picture_that_cannot_be_had_ends_nothing(corpus: Path, tmp_path: Path) -> None:
+    results = run_ranks(2, no_media, overrides(corpus, tmp_path, "max_steps=1", "validation.table_rows=2"))
+    assert [r["tables"] for r in results] == [[[]], []]
+    assert results[0]["position"]["step"] == 1
+
+
+def test_an_epoch_without_samples_ends_the_run(corpus: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    spoil(data / "train", 50)
+    with pytest.raises(RuntimeError, match=r"UserError: run: epoch 2 holds no sample: 50 of 50 are left out as bad"):
+        run_ranks(2, fit, overrides(data, tmp_path, "name=run", "max_bad_share=1", "validation.every_steps=99"))
+
+
+def count_loaders(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    from trainer import engine
+
+    made = []
+    original = engine.Loader
+    engine.Loader = lambda *a: made.append(a) or original(*a)
+    return fit(ranks, arguments) | {"loaders": len(made)}
+
+
+def test_the_loader_goes_on_over_the_end_of_an_epoch(corpus: Path, tmp_path: Path) -> None:
+    result = run_ranks(1, count_loaders, overrides(corpus, tmp_path, "max_epochs=3", "num_workers=1"))[0]
+    assert (result["loaders"], result["position"]["epoch"]) == (1, 3)
+
+
 def test_bad_samples_are_skipped_recorded_and_left_out(corpus: Path, tmp_path: Path) -> None:
     """A damaged recording counts nothing in the epoch that finds it and is absent from the next."""
-    import shutil
-
     damaged = tmp_path / "damaged"
     shutil.copytree(corpus, damaged)
     shard = sorted((damaged / "train").glob("*.tar"))[0]
@@ -282,13 +460,16 @@ def test_bad_samples_are_skipped_recorded_and_left_out(corpus: Path, tmp_path: P
     content[entry["audio_offset"] + 500] ^= 0xFF
     shard.write_bytes(content)
     arguments = overrides(damaged, tmp_path, "max_epochs=2", "validation.every_steps=99", "max_bad_share=0.05")
-    result = run_ranks(2, fit, [*arguments, "name=damaged"])[0]
+    arguments.append("num_workers=1")  # they are ahead of the training, in the next epoch
+    result = run_ranks(2, count_loaders, [*arguments, "name=damaged", "max_epochs=3"])[0]
+    assert result["loaders"] == 2
     (row,) = read_lines(result["run"] / "quarantine.jsonl")
     assert row["key"] == entry["key"]
     assert "checksum" in row["reason"]
     ledger = read_ledger(result["run"] / "ledger")
-    seen = {epoch: [k for r in ledger if r["epoch"] == epoch for k in r["keys"]] for epoch in (0, 1)}
+    seen = {epoch: [k for r in ledger if r["epoch"] == epoch for k in r["keys"]] for epoch in (0, 1, 2)}
     assert entry["key"] in seen[0]
+    assert set(seen[2]) == set(seen[1])
     assert [k for r in ledger for k in r["bad"]] == [entry["key"]]
     assert set(seen[0]) - set(seen[1]) == {entry["key"]}
     assert result["position"]["bad"] == [entry["key"]]

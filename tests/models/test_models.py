@@ -1,6 +1,7 @@
 """Padding changes no real frame, structures equal their dense matrix, noise belongs to samples."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,33 @@ def test_batch_norm_takes_real_frames_only() -> None:
     norm(x, torch.zeros_like(mask))  # a dummy: nothing in it counts
     assert norm.pending[-1] == 1
     assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("where", ["worker", "model"])
+def test_what_is_not_valid_leaves_no_trace_in_the_statistics(corpus, where: str) -> None:
+    more = ["model.rnn.norm=batch", "model.subsampling.norm=batch", f"data.features.where={where}"]
+    task = recipe.load("speech/tones", overrides(corpus, corpus, *more))
+    dataset = task.build_dataset("train")
+    good = dataset.plan.epoch(0)[0].micro_batches[0]
+    index = dataset.index.entries[good.samples[0]]
+    alone = replace(good, samples=good.samples[1:], speeds=good.speeds[1:])
+    model = task.build_model().train()
+    norms = [m for m in model.modules() if isinstance(m, MaskedBatchNorm)]
+
+    def pending(batch) -> list[torch.Tensor]:
+        task.step(model, batch)
+        sums = [m.pending.clone() for m in norms]
+        for m in norms:
+            m.pending.zero_()
+        return sums
+
+    assert not any(p.any() for p in pending(dataset.dummy()))
+    want = pending(dataset.load(alone))
+    dataset.index.entries[good.samples[0]] = replace(index, audio_crc32=0)  # now it is a bad sample
+    with_bad = dataset.load(good)
+    assert [fault.key for fault in with_bad["faults"]] == [index.key]
+    for a, b in zip(pending(with_bad), want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_weights_are_drawn_by_name() -> None:

@@ -44,6 +44,12 @@ class Dataset(Protocol):
     @property
     def plan(self) -> Plan: ...
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must find again, as short texts that are compared: `samples` says which they are, the
+        rest what the model's inputs and outputs mean."""
+        ...
+
     def __len__(self) -> int: ...
 
     def load(self, micro_batch: MicroBatch) -> Batch:

@@ -5,6 +5,7 @@ A shard is a plain webdataset tar, `KEY.flac KEY.txt KEY.json`, that anyone's lo
 and has one line a sample, an `Entry`. Planning reads indexes only; reading a sample is one `pread`.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +85,13 @@ class Index:
         return len(self.entries)
 
     @property
+    def digest(self) -> str:
+        """Hash of all that a plan or a batch depends on."""
+        columns = [[e.num_samples, e.label_length, e.ctc_frames, e.audio_crc32] for e in self.entries]
+        text = json.dumps([self.sample_rate_hz, self.keys, self.shard.tolist(), columns])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
     def hours(self) -> float:
         return float(self.num_samples.sum()) / self.sample_rate_hz / 3600
 
@@ -92,12 +100,20 @@ class Index:
         """Read the indexes of every shard in a folder.
 
         Raises:
-            UserError: no shards, a shard without index, an index that is damaged or of another format. A shard that
-                was cut short is no error here: what is missing is found, and left out, where it is read.
+            UserError: no shards, a shard without index or an index without shard, an index that is damaged or of
+                another format. A shard that was cut short is no error here: what is missing is found, and left out,
+                where it is read.
         """
         shards = sorted(folder.glob("*.tar"))
         if not shards:
             raise UserError(f"{show(folder)}: holds no shards (*.tar); run `./launch.sh prepare CONFIG` first")
+        lost = sorted(folder.glob("*.index.jsonl")) if shards else []
+        lost = [path for path in lost if not path.with_name(path.name.replace(".index.jsonl", ".tar")).is_file()]
+        if lost:
+            raise UserError(
+                f"{show(lost[0])}: the shard of this index is missing (one of {len(lost)}); put it back, or run "
+                "`./launch.sh prepare CONFIG` again"
+            )
         entries = []
         for shard in shards:
             path = index_path(shard)

@@ -3,7 +3,9 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader
@@ -25,15 +27,10 @@ def _start_worker(_: int) -> None:
 
 
 class _MicroBatches(TorchDataset[Batch]):
-    def __init__(self, dataset: Dataset, wanted: Sequence[MicroBatch | None]) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self.wanted = wanted
 
-    def __len__(self) -> int:
-        return len(self.wanted)
-
-    def __getitem__(self, i: int) -> Batch:
-        micro_batch = self.wanted[i]
+    def __getitem__(self, micro_batch: MicroBatch | None) -> Batch:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # resampling rounds differently on more: the ledger must not depend on it
         try:
@@ -43,11 +40,13 @@ class _MicroBatches(TorchDataset[Batch]):
 
 
 class Loader:
-    """Iterates over the steps of an epoch: yields the list of batches that this rank runs in each.
+    """Iterates over steps: yields each with the list of batches that this rank runs in it.
+
+    Steps are drawn while the ones before them are still trained, so that the workers go on over the end of an epoch.
 
     Args:
         dataset: one split.
-        steps: of the plan, those still to do.
+        steps: of the plan, those still to do; of one epoch or of many.
         rank, world_size: whose micro-batches.
         rounds: micro-batches of a rank a step.
         num_workers: processes; 0 loads here.
@@ -59,30 +58,35 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset,
-        steps: Sequence[Step],
+        steps: Iterable[Step],
         rank: int,
         world_size: int,
         rounds: int,
         num_workers: int,
     ) -> None:
         self.rounds = rounds
-        self.num_steps = len(steps)
         self.waited_seconds = 0.0
-        wanted = [m for step in steps for m in mine(step, rank, world_size, rounds)]
+        self._drawn: deque[Step] = deque()
+
+        def wanted() -> Iterator[MicroBatch | None]:
+            for step in steps:
+                self._drawn.append(step)
+                yield from mine(step, rank, world_size, rounds)
+
         self._loader: DataLoader[Batch] = DataLoader(
-            _MicroBatches(dataset, wanted),
+            _MicroBatches(dataset),
             batch_size=None,
-            shuffle=False,
+            sampler=wanted(),
             num_workers=num_workers,
             prefetch_factor=AHEAD if num_workers else None,
             worker_init_fn=_start_worker,
             multiprocessing_context="fork" if num_workers else None,
         )
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        batches = iter(self._loader)
-        for _ in range(self.num_steps):
-            start = time.perf_counter()
-            group = [next(batches) for _ in range(self.rounds)]
+    def __iter__(self) -> Iterator[tuple[Step, list[Batch]]]:
+        start = time.perf_counter()
+        batches = iter(self._loader)  # starts the workers, and whoever asks for the first step waits for them
+        while group := list(islice(batches, self.rounds)):
             self.waited_seconds = time.perf_counter() - start
-            yield group
+            yield self._drawn.popleft(), group
+            start = time.perf_counter()

@@ -11,7 +11,7 @@ window the next window, so at most one step of an epoch is short.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -46,6 +46,8 @@ class Step:
     micro_batches: tuple[MicroBatch, ...]
     counts: dict[str, float]
     """Totals over the step: samples, tokens, seconds (of sound), padded_seconds (what the devices compute)."""
+    last: bool = False
+    """Whether the epoch ends with it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class BucketedConfig(Config):
     """Leave longer samples out; null: those above `micro_batch_seconds`."""
     min_seconds: float = Field(0.1, ge=0)
     """Leave shorter samples out."""
+
+
+PlanConfig = BucketedConfig
+"""A second kind makes it a union: `Annotated[BucketedConfig | ..., Field(discriminator="kind")]`."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,8 @@ class BucketedPlan:
             groups = self._group([*batches, *([rest] if rest else [])])
         else:
             groups = self._shuffled(epoch, usable, seconds)
-        return [self._step(epoch, i, group, speed, seconds) for i, group in enumerate(groups)]
+        steps = [self._step(epoch, i, group, speed, seconds) for i, group in enumerate(groups)]
+        return steps[:-1] + [replace(step, last=True) for step in steps[-1:]]
 
     def _draw_speeds(self, epoch: int) -> NDArray[np.int64]:
         """Number of the speed of each sample: 1 where the drawn one leaves too little time or takes too much."""

@@ -8,6 +8,7 @@ corpus gives the same bytes, whatever the number of processes.
 
 import contextlib
 import fcntl
+import itertools
 import multiprocessing
 import os
 import signal
@@ -72,6 +73,8 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
         except BadLinesError as error:
             utterances, problems = error.usable, error.problems
         samples, alphabet = _clean(config, utterances, problems)
+        if shared := _shared_texts(samples):
+            console.print(shared, highlight=False, markup=False, soft_wrap=True)
         tasks = _plan(config, samples, problems)
         stale = _stale(root, tasks)
         todo = [task for task in tasks if not is_done(task)]
@@ -136,6 +139,17 @@ def _clean(
                 usable.append(sample)
         samples[split] = usable
     return samples, alphabet
+
+
+def _shared_texts(samples: dict[SplitName, list[Sample]]) -> str | None:
+    """A warning where splits that the corpus gives share sentences: an error rate then tells what was learnt by
+    heart."""
+    texts = {split: {sample.text for sample in group} for split, group in samples.items()}
+    counts = {f"{a} and {b}": len(texts[a] & texts[b]) for a, b in itertools.combinations(SPLITS, 2)}
+    shared = ", ".join(f"{number} in {both}" for both, number in counts.items() if number)
+    return (
+        f"warning: splits share texts ({shared}); leave `split` out to have each text in one only" if shared else None
+    )
 
 
 def _problem(utterance: Utterance, reason: str, cure: str) -> str:

@@ -109,7 +109,7 @@ class SpeechDataset:
         num_output_frames: feature frames (N,) -> output frames (N,) of the model, for CTC feasibility.
 
     Raises:
-        UserError: the corpus is not prepared, or prepared with other settings.
+        UserError: the corpus is not prepared, not whole, or prepared with other settings.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class SpeechDataset:
         self.training = split == "train"
         self.spec_augment = SpecAugment(config.augment)
         self.index = Index.load(config.path / split, config.sample_rate_hz)
+        self._check_size(self.prepared.splits.get(split), len(self.index), len(self.index.shards))
         speeds = config.augment.speeds if self.training else (1.0,)
         num_drawn = len(speeds)
         if 1.0 not in speeds:  # to fall back on, see `Lengths`
@@ -171,6 +172,18 @@ class SpeechDataset:
         ]
         if lines:
             raise UserError("\n".join(lines))
+
+    def _check_size(self, made: SplitInfo | None, samples: int, shards: int) -> None:
+        if made is None or (made.samples, made.shards) != (samples, shards):
+            wanted = f"{made.samples} in {made.shards}" if made else "none"
+            raise UserError(
+                f"{show(self.config.path / self.split)}: holds {samples} samples in {shards} shards, corpus.json "
+                f"beside it says {wanted}; put back what is missing, or run `./launch.sh prepare CONFIG` again"
+            )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"samples": f"{len(self)} of index {self.index.digest}", "alphabet": self.tokens.alphabet}
 
     def __len__(self) -> int:
         return len(self.index)

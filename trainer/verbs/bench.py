@@ -26,7 +26,12 @@ def main(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer import bench, distributed
+    from trainer import bench, distributed, machine
+    from trainer.errors import UserError
+
+    for name in ("repetitions", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: wanted a whole number from 1 on")
 
     ranks = distributed.start()
     try:
@@ -34,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
         result = run(arguments.config, arguments.overrides, ranks, arguments.repetitions, arguments.steps)
     finally:
         distributed.stop()
-    result["machine"] = bench.machine()
+    result["machine"] = machine.describe()
     columns = list(next(iter(result["rows"].values())))
     table = Table(title=f"bench {arguments.what} {arguments.config}: median (quartiles) of {arguments.repetitions}")
     table.add_column("")

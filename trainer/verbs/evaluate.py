@@ -25,21 +25,33 @@ def main(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from trainer import checkpoint, distributed
-    from trainer.engine import Evaluator
+    from trainer.data.dataset import Fault
+    from trainer.data.plan import Rejection
+    from trainer.engine import Evaluator, left_out
 
     best = checkpoint.best(run.checkpoints)
     ranks = distributed.start()
     try:
-        values, rows = Evaluator(recipe, recipe.build_dataset(split), ranks).run(best.weights())
+        evaluator = Evaluator(recipe, split, ranks)
+        best.check_shapes(checkpoint.shapes_of(evaluator.model))
+        best.check_data({"train": {k: v for k, v in evaluator.dataset.identity.items() if k != "samples"}})
+        evaluation = evaluator.run(best.weights())
+        position = best.state["position"]
+        evaluator.account(evaluation, run, position["step"], position["epoch"])
     finally:
         distributed.stop()
-    rows.sort(key=lambda r: r.rate, reverse=True)
+    rows = sorted(evaluation.rows, key=lambda r: r.rate, reverse=True)
+    missing: list[Rejection | Fault] = [*evaluator.dataset.plan.rejections, *evaluation.bad]
+    total = len(evaluator.dataset)
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)
     result = {
         "split": split,
-        "step": best.state["position"]["step"],
-        "metrics": values,
+        "step": position["step"],
+        "scored": evaluation.scored,
+        "total": total,
+        "left_out": [{"key": m.key, "reason": m.reason} for m in missing],
+        "metrics": evaluation.values,
         "rows": [asdict(r) for r in rows],
     }
     temporary = folder / f"{split}.tmp"
@@ -54,8 +66,11 @@ def main(arguments: argparse.Namespace) -> int:
         for row in rows[:5]:
             table.add_row(f"{row.rate:.0%}", *row.columns.values())
         console.print(table, markup=False)
-    console.print(f"{run.path.name}, {split}, {len(rows)} samples, step {result['step']}:", highlight=False)
-    for line in summary(values):
+    if missing:
+        console.print(f"left out: {left_out(missing)}", markup=False, highlight=False)
+    scored = f"{evaluation.scored} of {total} samples scored"
+    console.print(f"{run.path.name}, {split}, {scored}, step {position['step']}:", highlight=False)
+    for line in summary(evaluation.values):
         console.print(f"  {line}", highlight=False)
     return 0
 

@@ -1,0 +1,51 @@
+"""The benchmarks run and report what they say; how fast anything is, is not asked here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import overrides, run_ranks
+from trainer import bench
+from trainer.__main__ import main
+from trainer.errors import EXIT_USER_MISTAKE
+
+pytestmark = pytest.mark.distributed
+
+
+def run(ranks: Any, what: str, arguments: list[str], out: Path) -> dict[str, Any]:
+    assert main(["bench", what, "speech/tones", *arguments, "--repetitions=1", "--steps=1", f"--json={out}"]) == 0
+    return json.loads(out.read_text())
+
+
+def test_step(corpus: Path, tmp_path: Path) -> None:
+    """Before it times anything it compares the losses of all three ways."""
+    (result,) = run_ranks(1, run, "step", overrides(corpus, tmp_path), tmp_path / "step.json")
+    assert list(result["rows"]) == ["bare loop", "engine, ZeRO 0", "engine, ZeRO 1"]
+    assert result["rows"]["bare loop"]["ratio_to_bare"]["median"] == 1.0
+    assert all(row["seconds_a_step"]["median"] > 0 for row in result["rows"].values())
+    assert "torch" in result["machine"]
+
+
+def test_loader(corpus: Path, tmp_path: Path) -> None:
+    """Waiting is that of two whole epochs, the first steps included."""
+    (result,) = run_ranks(1, run, "loader", overrides(corpus, tmp_path, "num_workers=1"), tmp_path / "loader.json")
+    assert list(result["rows"]) == ["bare loop", "loader, no worker", "loader, 1 worker", "loader, 2 workers"]
+    assert result["trained_steps"] == 8
+    assert len(result["waiting_percent_of_first_steps"]) == 2
+    assert 0 < result["waiting_percent"] < 100
+
+
+def test_waiting_is_a_share_of_the_time_of_all_steps() -> None:
+    rows = [
+        {"epoch": epoch, "step_seconds": seconds, "data_wait_percent": percent}
+        for epoch, seconds, percent in [(0, 4.0, 50.0), (0, 1.0, 0.0), (1, 5.0, 10.0)]
+    ]
+    assert bench._waiting_percent(rows) == pytest.approx(25.0)
+    assert [row["step_seconds"] for row in bench._first_steps(rows)] == [4.0, 5.0]
+
+
+def test_no_repetition_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--repetitions=0"]) == EXIT_USER_MISTAKE
+    assert "--repetitions 0: wanted" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""What `evaluate` says of a run, and what it refuses to say."""
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import fit, overrides, run_ranks, spoil
+from trainer import recipe
+from trainer.run import read_lines
+from trainer.verbs import evaluate
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("runs")
+    return run_ranks(1, fit, overrides(corpus, folder, "name=run", "max_steps=1"))[0]["run"]
+
+
+def evaluated(ranks: Any, run: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """What the verb writes and prints; a mistake of the user is raised."""
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert evaluate.main(parser.parse_args([str(run), *arguments])) == 0
+    return json.loads((run / "evaluation" / "test.json").read_text()), output.getvalue()
+
+
+def test_another_model_or_alphabet_is_a_mistake(run: Path, tmp_path: Path) -> None:
+    other = overrides(tmp_path / "other", tmp_path, "data.corpus.alphabet=hgfedcba")
+    recipe.load("speech/tones", [*other, "data.text.alphabet=' hgfedcba'"]).prepare()
+    with pytest.raises(RuntimeError, match=r"alphabet: saved ' abcdefgh', now ' hgfedcba'"):
+        run_ranks(1, evaluated, run, f"data.path={tmp_path / 'other'}")
+    with pytest.raises(RuntimeError, match=r"model.rnn.hidden_size = 8: the run was trained with 16"):
+        run_ranks(1, evaluated, run, "model.rnn.hidden_size=8")
+
+
+def test_what_was_not_scored_is_told(run: Path, corpus: Path, tmp_path: Path) -> None:
+    """A damaged clip and those that are too long for the plan, in the file and on the console."""
+    data = shutil.copytree(corpus, tmp_path / "data")
+    keys = spoil(data / "test", 1)
+    ((result, told),) = run_ranks(1, evaluated, run, f"data.path={data}", "plan.max_seconds=2.2")
+    reasons = {row["key"]: row["reason"] for row in result["left_out"]}
+    assert reasons.pop(keys[0]) == "checksum differs from the index"
+    assert set(reasons.values()) == {"longer than 2.2 s"}
+    assert (result["scored"], result["total"]) == (6 - len(reasons), 7)
+    assert f"{result['scored']} of 7 samples scored" in told
+    assert f"left out: {len(reasons)} longer than 2.2 s, 1 checksum differs" in told
+    (row,) = read_lines(run / "quarantine.jsonl")
+    assert (row["key"], row["split"]) == (keys[0], "test")
+
+    spoil(data / "test", 7)  # mends the first
+    with pytest.raises(RuntimeError, match="6 bad samples of 7, more than max_bad_share"):
+        run_ranks(1, evaluated, run, f"data.path={data}")
