@@ -4,8 +4,9 @@
     block_rnn, block_gru, block_lstm             weights (gates, K, P, P): K blocks on the diagonal, K = 1 is dense
     diagonal_rnn, diagonal_gru, diagonal_lstm    weights (gates, H): every unit sees itself alone
 
-All are time-major. `kernels.reference` is the definition, `kernels.cpu` the fast path; `explain` says which one a call
-takes, `selftest` proves it on this machine, `pack` keeps packed weights over many calls.
+All are time-major. `kernels.reference` is the definition, `kernels.cpu` (C++) and `kernels.gpu` (Triton) are the fast
+paths. `explain` says which one a call takes, `selftest` proves it on this machine, `pack` keeps packed weights over
+many calls.
 """
 
 from typing import Any

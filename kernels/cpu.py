@@ -223,7 +223,9 @@ def empty_outputs(
     """Tensors of the shapes that `forward` returns."""
     num_steps, batch, width = u.shape
     size = width // GATES[cell]
-    mixed = bool(zoneout[0]) and keys is None  # an Elman cell's output alone no longer tells its derivative
+    mixed = (
+        bool(zoneout[0]) and keys is None and not u.is_cuda
+    )  # an Elman cell's output alone no longer tells its derivative
     sections = SAVED.get(cell, int(mixed)) if save else 0
     return (
         u.new_empty(num_steps, batch, size),

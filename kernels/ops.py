@@ -5,7 +5,7 @@ Three operators serve every cell and structure: `ostinato::pack`, `ostinato::rec
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -31,6 +31,19 @@ _LIBRARY.define(
 _LIBRARY.impl("pack", cpu.pack, "CPU")
 _LIBRARY.impl("recurrence", cpu.forward, "CPU")
 _LIBRARY.impl("recurrence_backward", cpu.backward, "CPU")
+
+
+def _on_gpu(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        from kernels import gpu  # only here: triton is not everywhere
+
+        return getattr(gpu, name)(*arguments)
+
+    return call
+
+
+_LIBRARY.impl("recurrence", _on_gpu("forward"), "CUDA")
+_LIBRARY.impl("recurrence_backward", _on_gpu("backward"), "CUDA")
 
 
 @torch.library.register_fake("ostinato::pack", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -123,23 +136,31 @@ for _device in ("cpu", "cuda"):
 # The choice of a backend
 
 
-def explain(weight: Tensor) -> str:
+def explain(weight: Tensor, cell: str = "lstm") -> str:
     """Which path a call with these weights takes, and why."""
-    reason = _reason(weight)
+    reason = _reason(weight, cell)
     if reason is not None:
         return f"the reference loop (plain PyTorch, slow): {reason}"
+    if weight.is_cuda:
+        return "Triton"
     return f"C++ ({cpu.instruction_set() if weight.dtype == torch.float32 else 'double precision, portable'})"
 
 
-def is_fast(weight: Tensor) -> bool:
+def is_fast(weight: Tensor, cell: str) -> bool:
     """Whether a backend of ours takes these weights, so that no Python loop runs over time."""
-    return _reason(weight) is None
+    return _reason(weight, cell) is None
 
 
-def _reason(weight: Tensor) -> str | None:
+def _reason(weight: Tensor, cell: str) -> str | None:
     """Why no fast backend takes these weights; None if one does."""
     if weight.device.type == "cpu":
         return cpu.supports(weight)
+    if weight.is_cuda:
+        try:
+            from kernels import gpu
+        except ImportError as error:
+            return f"Triton cannot be imported ({error})"
+        return gpu.supports(cell, weight.shape, weight.dtype)
     return f"there is no kernel for {weight.device.type}"
 
 
@@ -160,7 +181,7 @@ def pack(weight: Tensor, cell: str, bfloat16: bool = False) -> Tensor:
         to be given to `recurrence` as `packed`, with the weights themselves.
     """
     _check_cell(cell)
-    if weight.ndim != 4 or _reason(weight) is not None:
+    if weight.ndim != 4 or weight.is_cuda or _reason(weight, cell) is not None:
         return weight.new_empty(0)
     if bfloat16 and weight.dtype != torch.float32:
         raise ValueError(f"bfloat16 weights go with float32, not with {weight.dtype}")
@@ -209,9 +230,9 @@ def recurrence(
     if torch.is_autocast_enabled(u.device.type):
         u, weight = u.float(), weight.float()
     tensors = (h0, c0, bias, lengths, mask, keys)
-    reason = _reason(weight)
+    reason = _reason(weight, cell)
     if reason is not None:
-        _say_once(f"{cell}: {explain(weight)}")
+        _say_once(f"{cell}: {explain(weight, cell)}")
         return reference.recurrence(u, weight, *tensors, cell, flags, rates)
     if packed is None:
         packed = pack(weight, cell)

@@ -139,7 +139,7 @@ def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
     """
     if isinstance(cell, ElmanConfig) and cell.activation == "identity":
         return False
-    return weight.is_cuda or isinstance(cell, LSTMConfig) or not kernels.is_fast(weight)
+    return weight.is_cuda or isinstance(cell, LSTMConfig) or not kernels.is_fast(weight, cell.kind)
 
 
 def _torch(way: RecurrentLayer, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
