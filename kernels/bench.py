@@ -270,11 +270,12 @@ def lengths(seconds: float) -> dict[str, Any]:
     return result
 
 
-def run(seconds: float = 1.0, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The whole table on one thread.
+def run(seconds: float = 1.0, only: str = "", say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The table on one thread.
 
     Args:
         seconds: about so long for each line and direction.
+        only: text that a line's name must hold.
         say: told each line's name as it begins.
 
     Returns:
@@ -288,11 +289,13 @@ def run(seconds: float = 1.0, say: Callable[[str], None] = print) -> dict[str, A
         peak = cpu.peak_flops()
         lines = []
         for bench in benches():
-            say(bench.name)
-            lines.append(measure(bench, seconds, peak))
-        lines.append(lengths(seconds))
-        torch.set_num_threads(2)
-        lines.append(threads(seconds))
+            if only in bench.name:
+                say(bench.name)
+                lines.append(measure(bench, seconds, peak))
+        for more in (lengths, threads):
+            if only in more.__name__:
+                say(more.__name__)
+                lines.append(more(seconds))
     finally:
         torch.set_num_threads(before)
     return {"peak_gflops": peak / 1e9, "instruction_set": cpu.instruction_set(), "lines": lines}

@@ -149,3 +149,27 @@ def large_heat_map(image: NDArray[Any], seconds: float | None) -> Figure:
     axes.imshow(_scaled(image), origin="lower", aspect="auto", cmap="magma", extent=extent)
     axes.set(xlabel="frames" if seconds is None else "seconds", ylabel="band")
     return figure
+
+
+def ratios(lines: list[dict[str, Any]], path: Path) -> None:
+    """Bars of how many times faster each line of `bench kernels` is than each rival, forward and with backward."""
+    bars = [
+        (f"{line['name']}  vs {name}", line["forward"][name]["median"], line["both"].get(name, {}).get("median"))
+        for line in lines
+        if not line.get("less is better")
+        for name in line["forward"]
+        if name not in ("milliseconds", "floor", "copy")
+    ]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(bars)), layout="constrained")
+    places = np.arange(len(bars))[::-1]
+    axes.barh(places + 0.2, [forward for _, forward, _ in bars], 0.38, color=BLUE, label="forward")
+    axes.barh(places - 0.2, [both or np.nan for _, _, both in bars], 0.38, color=ORANGE, label="forward + backward")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", yticks=places, xlabel="times faster (log scale)", ylim=(-0.7, len(bars) - 0.3))
+    axes.set_yticklabels([name for name, _, _ in bars], fontsize=8)
+    ticks = [0.5, 1, 2, 5, 10, 20, 50, 100]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
+    picture(figure, path)

@@ -2,36 +2,52 @@
 
     ./launch.sh bench step speech/read_ru        the engine's step against a bare PyTorch loop
     ./launch.sh bench loader speech/read_ru      the loader against a bare loop, and the time a step waits for it
+    ./launch.sh bench kernels                    every kernel against torch, a loop, and its own floor, on one thread
 
-The bare loops stand in trainer/bench.py. Close other programs first; the spread (quartiles) tells whether it was quiet.
+The bare loops stand in trainer/bench.py and kernels/bench.py. Close other programs first; the spread (quartiles) tells
+whether it was quiet.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from trainer.verbs import add_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["step", "loader"])
+    parser.add_argument("what", choices=["step", "loader", "kernels"])
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="speech/read_ru")
     add_overrides(parser)
-    parser.add_argument("--repetitions", type=int, default=7, help="of every way (default 7)")
+    parser.add_argument("--repetitions", type=int, default=7, help="of every way of step and loader (default 7)")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a repetition (default 8)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each line of kernels (default 2)")
+    parser.add_argument("--only", default="", help="lines of kernels with this text in their names")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--picture", type=Path, help="draw the ratios of kernels there (PNG)")
 
 
 def main(arguments: argparse.Namespace) -> int:
+    from trainer import machine
+    from trainer.errors import UserError
+
+    for name in ("repetitions", "steps", "seconds"):
+        if getattr(arguments, name) <= 0:
+            raise UserError(f"--{name} {getattr(arguments, name)}: wanted more than 0")
+    result = _kernels(arguments) if arguments.what == "kernels" else _training(arguments)
+    result["machine"] = machine.describe()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _training(arguments: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer import bench, distributed, machine
-    from trainer.errors import UserError
-
-    for name in ("repetitions", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: wanted a whole number from 1 on")
+    from trainer import bench, distributed
 
     ranks = distributed.start()
     try:
@@ -39,7 +55,6 @@ def main(arguments: argparse.Namespace) -> int:
         result = run(arguments.config, arguments.overrides, ranks, arguments.repetitions, arguments.steps)
     finally:
         distributed.stop()
-    result["machine"] = machine.describe()
     columns = list(next(iter(result["rows"].values())))
     table = Table(title=f"bench {arguments.what} {arguments.config}: median (quartiles) of {arguments.repetitions}")
     table.add_column("")
@@ -52,6 +67,66 @@ def main(arguments: argparse.Namespace) -> int:
     for key, value in result.items():
         if key != "rows":
             console.print(f"{key.replace('_', ' ')}: {value}", highlight=False)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return result
+
+
+def _kernels(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    import kernels
+    from kernels import bench
+    from trainer.errors import UserError
+
+    if not kernels.is_fast(torch.empty(0), "lstm"):
+        raise UserError(f"bench kernels: the CPU runs {kernels.explain(torch.empty(0))}")
+    console = Console(width=150 if not sys.stdout.isatty() else None)
+    result = bench.run(arguments.seconds, arguments.only, lambda name: print(name, file=sys.stderr, flush=True))
+    table = Table(title=f"forward / forward + backward, medians; floor {result['peak_gflops']:.0f} GFLOP/s a core")
+    for heading in ("", "ms", "of the floor", "against", "ratio (quartiles)", "wanted"):
+        table.add_column(heading)
+    for line in result["lines"]:
+        table.add_row(*_cells(line))
+    console.print(table)
+    if arguments.picture:
+        from trainer.plots import ratios
+
+        ratios(result["lines"], arguments.picture)
+    return result
+
+
+def _cells(line: dict[str, Any]) -> list[str]:
+    """One line of the table; rivals and what is wanted of them under each other."""
+    both = (line["forward"], line["both"])
+    others = [name for name in line["forward"] if name not in ("milliseconds", "floor")]
+
+    def pair(name: str, factor: float = 1.0, digits: int = 2) -> str:
+        return " / ".join(f"{factor * d[name]['median']:.{digits}f}" for d in both if name in d)
+
+    def spread(name: str) -> str:
+        return " / ".join(
+            f"{d[name]['median']:.2f} ({d[name]['low']:.2f}-{d[name]['high']:.2f})" for d in both if name in d
+        )
+
+    def wanted(name: str) -> str:
+        goals = line["wanted"].get(name)
+        if goals is None:
+            return ""
+        less = line.get("less is better", False)
+        met = [
+            (d[name]["median"] <= g) if less else (d[name]["median"] >= g)
+            for d, g in zip(both, goals, strict=True)
+            if g
+        ]
+        return " / ".join(f"{g:g}" for g in goals if g) + ("" if all(met) else "  MISSED")
+
+    floor = pair("floor", 100, 0) + " %" if "floor" in both[0] else ""
+    return [
+        line["name"],
+        pair("milliseconds"),
+        floor + (f" (wanted {wanted('floor')})" if wanted("floor") else ""),
+        "\n".join(others),
+        "\n".join(spread(name) for name in others),
+        "\n".join(wanted(name) for name in others),
+    ]
