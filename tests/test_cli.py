@@ -216,3 +216,19 @@ def test_two_hosts_started_by_hand_train_together(corpus: Path, tmp_path: Path) 
     assert done.returncode == 0, output
     assert read_ledger(tmp_path / "by-hand" / "ledger") == read_ledger(tmp_path / "one" / "ledger")
     assert numbers(tmp_path / "by-hand") == numbers(tmp_path / "one")
+
+
+def test_a_process_ends_with_its_own_code_whatever_is_left(tmp_path: Path) -> None:
+    """What is to be done at exit is done; a C++ library that aborts when it is taken down is not asked to."""
+    code = (
+        "import atexit, ctypes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)\n"
+        f"atexit.register(open({str(tmp_path / 'done')!r}, 'w').write, 'x')\n"
+        "from trainer.__main__ import leave\n"
+        "print('said')\n"
+        "leave(75)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (75, "said\n"), done.stderr
+    assert (tmp_path / "done").exists()

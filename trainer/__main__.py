@@ -1,10 +1,13 @@
 """`python -m trainer VERB ...`: finds the verb, prints a user's mistake as one message, returns the exit code."""
 
 import argparse
+import atexit
+import contextlib
 import importlib
 import os
 import pkgutil
 import sys
+from typing import NoReturn
 
 from trainer import verbs
 from trainer.errors import EXIT_DONE, EXIT_OUR_FAULT, EXIT_REQUEUE, EXIT_USER_MISTAKE, RequeueError, UserError
@@ -90,6 +93,23 @@ def _first_line(path: str) -> str:
     return text.partition("\n")[0]
 
 
+def leave(code: int) -> NoReturn:
+    """End the process once everything is done and said, without taking the C++ libraries down.
+
+    At a normal exit a thread of torch's process group is now and then still there when its handle is destroyed, and the
+    process aborts: a run that has saved would not end with its own exit code.
+    """
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # a closed pipe has been dealt with
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     follow_parent()
-    sys.exit(main(sys.argv[1:]))
+    try:
+        exit_code = main(sys.argv[1:])
+    except SystemExit as error:
+        exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    leave(exit_code)
