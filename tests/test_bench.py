@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
 from trainer import bench
 from trainer.__main__ import main
@@ -49,3 +50,19 @@ def test_waiting_is_a_share_of_the_time_of_all_steps() -> None:
 def test_no_repetition_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--repetitions=0"]) == EXIT_USER_MISTAKE
     assert "--repetitions 0: wanted" in capsys.readouterr().err
+
+
+def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rival that computes something else is found out before it is timed."""
+    out, picture = tmp_path / "kernels.json", tmp_path / "kernels.png"
+    arguments = ["--only=blocks of 16", "--seconds=0.01", f"--json={out}", f"--picture={picture}"]
+    assert main(["bench", "kernels", *arguments]) == 0
+    (line,) = json.loads(out.read_text())["lines"]
+    assert set(line["forward"]) == {"milliseconds", "loop", "copy", "floor"}
+    assert 0 < line["both"]["floor"]["median"] < 1
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "blocks of 16" in capsys.readouterr().out
+    wrong = next(kernel_bench.benches())
+    wrong.rivals = {"loop": (lambda: 2 * wrong.ours(), wrong.inputs, True)}
+    with pytest.raises(AssertionError, match="the output of loop differs"):
+        kernel_bench.measure(wrong, 0.01, 1e11)
