@@ -27,7 +27,7 @@ def main(arguments: argparse.Namespace) -> int:
     from trainer import checkpoint, distributed
     from trainer.data.dataset import Fault
     from trainer.data.plan import Rejection
-    from trainer.engine import Evaluator, left_out
+    from trainer.evaluation import Evaluator, left_out
 
     best = checkpoint.best(run.checkpoints)
     ranks = distributed.start()

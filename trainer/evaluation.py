@@ -1,0 +1,142 @@
+"""Scoring a split: the same numbers to the last bit on any number of ranks, and an account of what was not scored."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import distributed
+from trainer.data.dataset import Batch, Fault
+from trainer.data.plan import Rejection
+from trainer.distributed import Ranks
+from trainer.errors import UserError
+from trainer.metrics import Mean, add
+from trainer.recipe import Recipe, Row, RunConfig, Split, State
+from trainer.run import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of scoring a split; equal on all ranks."""
+
+    values: dict[str, float]
+    """Means of all losses ("loss" is their weighted sum) and metrics."""
+    rows: list[Row]
+    """A row a sample."""
+    scored: int
+    """Samples that counted."""
+    bad: list[Fault]
+    """Samples that could not be read."""
+
+
+def left_out(rejections: Iterable[Rejection | Fault]) -> str:
+    """What cannot be used, as counts of each reason."""
+    reasons = Counter(r.reason for r in rejections)
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+
+
+def refuse_too_many(bad: int, total: int, config: RunConfig, path: Path, last: Iterable[Mapping[str, Any]]) -> None:
+    """Stop where more samples turned out bad than the configuration allows.
+
+    Args:
+        bad: their number, of `total`.
+        path: where all are on record.
+        last: those to show.
+
+    Raises:
+        UserError: they are too many.
+    """
+    allowed = max(1, int(config.max_bad_share * total))
+    if bad > allowed:
+        raise UserError(
+            f"{path}: {bad} bad samples of {total}, more than max_bad_share = {config.max_bad_share:g} allows "
+            f"({allowed}); mend the data or raise it. The last ones:\n"
+            + "\n".join(f"  {row['key']}: {row['reason']}" for row in last)
+        )
+
+
+class Evaluator:
+    """Scores a split with a plain copy of the model, which holds the averaged weights.
+
+    A copy of its own takes no part in training: nothing is written into a trained parameter, and no collective runs
+    inside a forward pass. Results are added in the order of the micro-batches, so they are the same on any number of
+    ranks.
+
+    Args:
+        recipe: with its configuration.
+        split: to score.
+        ranks: this process among all.
+    """
+
+    def __init__(self, recipe: Recipe[Any], split: Split, ranks: Ranks) -> None:
+        self.recipe = recipe
+        self.split = split
+        self.dataset = recipe.build_dataset(split)
+        self.ranks = ranks
+        self.model = recipe.build_model().to(ranks.device).eval()
+
+    @torch.inference_mode()
+    def run(self, weights: dict[str, Tensor]) -> Evaluation:
+        """Score every sample that the plan can use."""
+        self.model.load_state_dict(weights)
+        results = []
+        carried: dict[int, State] = {}
+        own = slice(self.ranks.rank, None, self.ranks.world_size)  # by number, as in training: a stream stays together
+        for micro_batch in (m for step in self.dataset.plan.epoch(0) for m in step.micro_batches[own]):
+            batch = self.dataset.load(micro_batch)
+            state = carried.pop(micro_batch.number, None)
+            output = self.recipe.step(self.model, to_device(batch, self.ranks.device), state)
+            if output.state is not None:
+                carried[micro_batch.number] = output.state
+            means = {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()}
+            weight = {name: x.weight for name, x in output.losses.items()}
+            means |= {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()}
+            place = (micro_batch.step, micro_batch.number)
+            results.append((place, means, weight, output.rows, int(batch["valid"].sum()), batch["faults"]))
+        everything = sorted((r for part in distributed.gather(results) for r in part), key=lambda r: r[0])
+        totals: dict[str, Mean] = {}
+        weights_of: dict[str, float] = {}
+        for _, means, weight, *_ in everything:
+            add(totals, means)
+            weights_of |= weight
+        values = {name: float(m.sum) / max(m.count, 1e-9) for name, m in totals.items()}
+        values["loss"] = sum(values[name] * w for name, w in weights_of.items())
+        return Evaluation(
+            values,
+            rows=[row for r in everything for row in r[3]],
+            scored=sum(r[4] for r in everything),
+            bad=[fault for r in everything for fault in r[5]],
+        )
+
+    def account(self, evaluation: Evaluation, run: RunDirectory, step: int, epoch: int) -> None:
+        """Put bad samples on record, and stop where they are too many; every rank calls it.
+
+        Args:
+            step, epoch: the age of the weights.
+
+        Raises:
+            UserError: too many are bad, or none was left to score.
+        """
+        facts = {"split": self.split, "epoch": epoch, "step": step}
+        rows = [{**facts, "key": fault.key, "reason": fault.reason} for fault in evaluation.bad]
+        if self.ranks.first:
+            for row in run.add_to_quarantine(rows):
+                log.warning("bad sample %s (%s): %s", row["key"], self.split, row["reason"])
+        refuse_too_many(len(rows), len(self.dataset), self.recipe.config, run.quarantine, rows[-10:])
+        if not evaluation.scored:
+            reasons = left_out(self.dataset.plan.rejections)
+            raise UserError(f"{self.recipe.config.name}: no sample of the split {self.split} can be scored: {reasons}")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move the tensors of a batch."""
+    if device.type == "cpu":
+        return batch
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
