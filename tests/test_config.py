@@ -198,11 +198,20 @@ def test_a_key_that_is_new_has_its_default_in_an_older_run() -> None:
     assert configuration.differences(gone, config) == [("was_once", 3, "(absent)")]
 
 
-def test_a_saved_configuration_is_the_same_when_read_again() -> None:
+def test_a_saved_configuration_is_the_same_when_read_again(tmp_path: Path) -> None:
     config = recipe.load("speech/tones").config
-    text = configuration.dump_yaml(configuration.plain(config))
-    again = recipe.from_plain(configuration.load_yaml(text), "config.yaml").config
+    path = tmp_path / "config.yaml"
+    path.write_text(configuration.dump_yaml(configuration.plain(config)), encoding="utf-8")
+    again = recipe.from_plain(configuration.load_yaml(path), "config.yaml").config
     assert again == config
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"when: 2024-13-01"], ids=["cut", "not text", "no date"])
+def test_a_damaged_configuration_of_a_run_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"config.yaml: is not YAML that can be read: (.|\n)*name=OTHER"):
+        configuration.load_yaml(path)
 
 
 def test_schema_is_json_with_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -362,17 +362,17 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
 
 
-def load_yaml(text: str) -> dict[str, Any]:
-    """The inverse of `dump_yaml`.
+def load_yaml(path: Path) -> dict[str, Any]:
+    """What `dump_yaml` wrote into the configuration of a run.
 
     Raises:
-        UserError: it is something else.
+        UserError: it cannot be read, or is something else.
     """
     try:
-        values = yaml.load(text, _Loader)
-    except NOT_YAML as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, *NOT_YAML) as error:
         raise UserError(
-            f"config.yaml of the run: is not YAML: {error}\nput it back (state.json of each checkpoint holds the "
-            "configuration), or start another run with name=OTHER"
+            f"{show(path)}: is not YAML that can be read: {error}\nput it back (state.json of each checkpoint holds "
+            "the configuration), or start another run with name=OTHER"
         ) from error
     return values if isinstance(values, dict) else {}

@@ -63,7 +63,7 @@ class RunDirectory:
 
     def saved_config(self) -> dict[str, Any]:
         """The configuration the run was started with."""
-        return configuration.load_yaml(self.config.read_text(encoding="utf-8"))
+        return configuration.load_yaml(self.config)
 
     def claim(self, config: configuration.Config) -> None:
         """Make the directory, or check that it belongs to the same run; rank 0 only.

@@ -53,8 +53,8 @@ def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunD
     try:
         run = RunDirectory.existing(arguments.run)
         saved = run.saved_config()
-    except (OSError, ValueError) as error:  # a name that no folder can have; not text
-        raise UserError(f"{arguments.run[:100]}: is no run directory, or has a damaged config.yaml: {error}") from error
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        raise UserError(f"{arguments.run[:100]}: is no run directory: {error}") from error
     trained, recipe = from_plain(saved, show(run.config)), from_plain(saved, show(run.config), overrides)
     changed = [d for d in differences(plain(trained.config), recipe.config) if d[0].startswith("model.")]
     if changed:
