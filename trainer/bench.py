@@ -18,6 +18,7 @@ import soundfile
 import torch
 from torch import nn
 
+from kernels import keep_pages
 from trainer import recipe as recipes
 from trainer.data.dataset import Batch
 from trainer.data.loader import Loader
@@ -98,6 +99,7 @@ def bench_step(config: str, overrides: list[str], ranks: Ranks, repetitions: int
     Returns:
         seconds a step and ratios to the bare loop.
     """
+    keep_pages()  # as `train` does; the bare loop has it too
     first = recipes.load(config, overrides)
     dataset = first.build_dataset("train")
     steps = dataset.plan.epoch(0)[:num_steps]

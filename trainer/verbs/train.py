@@ -49,9 +49,11 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
     """One rank's part."""
     import logging
 
+    from kernels import keep_pages
     from trainer import distributed
     from trainer.recipe import load
 
+    keep_pages()  # one step needs the memory that the last one gave back
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("trainer").setLevel(logging.INFO)
     recipe = load(config, overrides)
