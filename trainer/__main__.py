@@ -96,8 +96,8 @@ def _first_line(path: str) -> str:
 def leave(code: int) -> NoReturn:
     """End the process once everything is done and said, without taking the C++ libraries down.
 
-    At a normal exit a thread of torch's process group is now and then still there when its handle is destroyed, and the
-    process aborts: a run that has saved would not end with its own exit code.
+    A rank that had saved once aborted while they were taken down ("terminate called without an active exception": a
+    thread that was still joinable, most likely of torch's process group), and its exit code was lost.
     """
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):  # a closed pipe has been dealt with
