@@ -23,7 +23,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <numeric>
 #include <vector>
 #ifdef __AVX512F__

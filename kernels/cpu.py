@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.reference import GATES
+from kernels.reference import GATES, SAVED
 
 CELLS = list(GATES)
 """In the order of the enumeration in cpu.cpp."""
-SAVED = {"gru": 4, "gru_original": 3, "lstm": 5}
-"""Sections of H that backward needs: lstm i, f, g, o, c; gru r, z, n and the recurrent term of n."""
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 _INTEGERS = ("T", "B", "K", "P", "groups", "cell", "diagonal", "bfloat16", "threads")

@@ -22,10 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import GATES, mod_relu
-
-SAVED = {"gru": 4, "gru_original": 3, "lstm": 5}
-"""Tensors of (T, B, H) that the backward pass of a cell needs besides y."""
+from kernels.reference import GATES, SAVED, mod_relu
 
 ROWS = {2: 16, 4: 8}
 """Rows of a program that owns a block, by bytes of an element: what a tensor core takes; what registers hold."""

@@ -27,6 +27,8 @@ State = tuple[Tensor, ...]
 ACTIVATIONS = ("tanh", "relu", "identity", "modrelu")
 GATES = {**{f"rnn_{name}": 1 for name in ACTIVATIONS}, "gru": 3, "gru_original": 3, "lstm": 4}
 """Gates of each cell."""
+SAVED = {"gru": 4, "gru_original": 3, "lstm": 5}
+"""Sections of H that a fast backward needs besides y: lstm i, f, g, o, c; gru r, z, n and the recurrent term of n."""
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # int64 arithmetic wraps
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
