@@ -36,7 +36,8 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(objects, target, target_lang="c++")
 
 
-setup(
-    ext_modules=[Extension("kernels._cpu", ["kernels/cpu.cpp"], language="c++", optional=True)],
-    cmdclass={"build_ext": BuildKernels},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("kernels._cpu", ["kernels/cpu.cpp"], language="c++", optional=True)],
+        cmdclass={"build_ext": BuildKernels},
+    )

@@ -78,8 +78,9 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every cell with awkward shapes, and every option alone and all together."""
-    # The smallest, sizes no vector or tile divides, more rows than a tile has, no rows, no steps.
+    # The smallest, sizes no vector or tile divides, more rows than a tile has, many small blocks, no rows, no steps.
     shapes = [(1, 1, 1, 1), (7, 3, 2, 13), (6, 33, 3, 16), (5, 5, 1, 70), (20, 17, 2, 32), (9, 1, 5, 64)]
+    shapes += [(4, 1, 24, 16)]
     empty = [(3, 0, 2, 16), (0, 2, 2, 16)]
     diagonal = [(1, 1, 1, None), (7, 3, 13, None), (9, 9, 530, None), (3, 0, 4, None), (0, 2, 4, None)]
     for cell in GATES:

@@ -28,6 +28,9 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 64")
@@ -68,21 +71,21 @@ template <class R>
 struct Vector {
   static constexpr int lanes = VECTOR_BYTES / sizeof(R);
   typedef R type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef R anywhere __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(R))));
 };
 template <class R>
 using V = typename Vector<R>::type;
 template <class R>
 constexpr int L = Vector<R>::lanes;
 
+// Not memcpy: the compiler would fear that a store of numbers changes a pointer or a count, and load them all again.
 template <class R>
 INLINE V<R> load(const R* p) {
-  V<R> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
+  return *reinterpret_cast<const typename Vector<R>::anywhere*>(p);
 }
 template <class R>
 INLINE void store(R* p, V<R> v) {
-  std::memcpy(p, &v, sizeof v);
+  *reinterpret_cast<typename Vector<R>::anywhere*>(p) = v;
 }
 // The first n of a vector's lanes; the others are zero, or left alone.
 template <class R>
@@ -104,6 +107,16 @@ INLINE V<R> splat(R x) {
   return x - V<R>{};
 }
 
+// x within +-limit; NaN stays.
+INLINE V<float> clamped(V<float> x, float limit) {
+#ifdef __AVX512F__  // one instruction each, which GCC does not find
+  return (V<float>)_mm512_max_ps((__m512)splat(-limit), _mm512_min_ps((__m512)splat(limit), (__m512)x));
+#else
+  x = x > limit ? splat(limit) : x;
+  return x < -limit ? splat(-limit) : x;
+#endif
+}
+
 INLINE V<float> inverse(V<float> x) {
 #ifdef __AVX512F__  // a division of a whole vector takes as long as 32 FMAs
   const V<float> y = (V<float>)_mm512_rcp14_ps((__m512)x);
@@ -116,8 +129,7 @@ INLINE V<float> inverse(V<float> x) {
 // tanh(x) = x P(x^2) / Q(x^2) with degrees 4 and 4 on |x| <= 8: a minimax fit of our own, error below 5 half units of
 // the last place and never above 1.
 INLINE V<float> tanh_of(V<float> x) {
-  x = x > 8.0f ? splat(8.0f) : x;
-  x = x < -8.0f ? splat(-8.0f) : x;
+  x = clamped(x, 8.0f);
   V<float> z = x * x;
   V<float> p = 1.523074466547314e-08f * z + 2.1894915334996767e-05f;
   p = p * z + 0.003571614157408476f;
@@ -379,15 +391,19 @@ struct Shape {
   int64_t T, B, K, P, H;
   int64_t padded;   // P, up to whole vectors
   int64_t vectors;  // of a block
+  int64_t depth;    // P, up to what gemm takes at a time: the rest of a padded row is zero
   int NU;           // vectors of units in a panel of one gate
   explicit Shape(const Call& x) : T(x.T), B(x.B), K(x.K), P(x.P), H(x.K * x.P) {
     vectors = (P + L<R> - 1) / L<R>;
     if (L<R> < 4 && vectors % 2) vectors++;  // gemm takes up to four k at a time
     padded = vectors * L<R>;
-    NU = vectors % 2 ? 1 : 2;
+    depth = (P + 3) / 4 * 4;
+    NU = vectors == 4 ? 4 : vectors % 2 ? 1 : 2;
   }
   // Units of a block in its vector number j, 0 where it is all padding.
   int valid(int64_t j) const { return int(std::clamp<int64_t>(P - j * L<R>, 0, L<R>)); }
+  // Where a block's part of `saved` begins: nobody else reads it, so it lies as we walk, (K, T, B, sections, P).
+  int64_t saved(int sections, int64_t k) const { return k * T * B * sections * P; }
 };
 
 // The gates that one pass of gemm computes together, as panels of NU vectors each: gru_original has two passes.
@@ -480,18 +496,29 @@ struct Team {
   int64_t end(int64_t n) const { return n * (self + 1) / size; }
 };
 
+// Under AddressSanitizer a workspace is new in each call, and nothing may touch what lies between its pieces.
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t GAP = 64;
+void forbid(const void* from, const void* to) {
+  __asan_poison_memory_region(from, static_cast<const char*>(to) - static_cast<const char*>(from));
+}
+#else
+constexpr size_t GAP = 0;
+void forbid(const void*, const void*) {}
+#endif
+
 // Memory that is kept from call to call: fresh pages cost more than the arithmetic.
 template <class R>
 class Workspace {
   R* memory = nullptr;
-  size_t capacity = 0, used = 0;
+  size_t capacity = 0;
 
  public:
   ~Workspace() { std::free(memory); }
   bool reserve(size_t wanted) {  // false: there is not so much memory
-    if (wanted > capacity) {
+    if (wanted > capacity || GAP) {
       std::free(memory);
-      memory = static_cast<R*>(std::aligned_alloc(4096, (wanted * sizeof(R) + 4095) / 4096 * 4096));
+      memory = static_cast<R*>(std::aligned_alloc(64, (std::max<size_t>(wanted, 1) * sizeof(R) + 63) / 64 * 64));
       capacity = memory ? wanted : 0;
     }
     return memory != nullptr;
@@ -499,13 +526,16 @@ class Workspace {
   R* begin() { return memory; }
 };
 
-// Hands out pieces of it, the same ones to every thread of a team.
+// Hands out pieces of it, the same ones to every thread of a team. Without memory it only counts: what a work item
+// needs is found by laying it out, so that the two cannot differ.
 template <class R>
 struct Pieces {
-  R* next;
+  R* memory = nullptr;
+  size_t used = 0;
   R* take(size_t n) {
-    R* p = next;
-    next += (n + 63) / 64 * 64;
+    R* p = memory ? memory + used : nullptr;
+    used += (n + 63) / 64 * 64 + GAP;
+    if (GAP && p) forbid(p + n, memory + used);
     return p;
   }
 };
@@ -549,7 +579,7 @@ INLINE R* at(void* p, int64_t i) {
 
 template <class R, int C, class W>
 struct Forward {
-  static constexpr int G = gates_of(C), S = saved_of(C);
+  static constexpr int G = gates_of(C), S = saved_of(C), SAVED = std::max(S, 1);
   const Call& x;
   const Rows& rows;
   const Shape<R> s;
@@ -561,11 +591,6 @@ struct Forward {
       : x(call), rows(r), s(call), zone_h(call, 0), zone_c(call, 1), packed(p), ld(s.padded + L<R>) {}
 
   bool raw() const { return x.mask != nullptr; }  // the state beside its masked copy
-  size_t workspace(const Item& it) const {
-    const size_t state = size_t(it.k1 - it.k0) * (it.r1 - it.r0) * ld + 64;
-    return state * (2 + 2 * raw() + (C == LSTM) + 3 * (C == GRU_ORIGINAL));
-  }
-
   // The states of one block: [2] in `a` and `h` are the old and the new one by the parity of the step.
   struct Block {
     int64_t k, column;
@@ -574,12 +599,11 @@ struct Forward {
     bool backwards;
   };
 
-  void operator()(const Item& it, Team team, Pieces<R> memory) const {
-    const int64_t n = it.r1 - it.r0, blocks = it.k1 - it.k0;
-    std::vector<Block> all(blocks);
-    for (int64_t i = 0; i < blocks; i++) {
-      Block& b = all[i];
-      b.k = it.k0 + i, b.column = b.k * s.P;
+  std::vector<Block> lay_out(const Item& it, Pieces<R>& memory) const {
+    const int64_t n = it.r1 - it.r0;
+    std::vector<Block> all(it.k1 - it.k0);
+    for (Block& b : all) {
+      b.k = it.k0 + (&b - all.data()), b.column = b.k * s.P;
       b.backwards = x.reverse[b.k / (s.K / x.groups)];
       b.w = packed + b.k * G * s.padded * s.padded;
       for (int p = 0; p < 2; p++) b.a[p] = memory.take(n * ld);
@@ -587,8 +611,14 @@ struct Forward {
       b.c = C == LSTM ? memory.take(n * ld) : nullptr;
       b.rz = C == GRU_ORIGINAL ? memory.take(2 * n * ld) : nullptr;
       b.reset = C == GRU_ORIGINAL ? memory.take(n * ld) : nullptr;
-      if (i >= team.begin(blocks) && i < team.end(blocks)) start(b, it);
     }
+    return all;
+  }
+
+  void operator()(const Item& it, Team team, Pieces<R> memory) const {
+    const int64_t n = it.r1 - it.r0, blocks = it.k1 - it.k0;
+    std::vector<Block> all = lay_out(it, memory);
+    for (int64_t i = team.begin(blocks); i < team.end(blocks); i++) start(all[i], it);
     team.meet();
     for (int64_t step = 0; step < s.T; step++)
       for (int pass = 0; pass < passes_of(C); pass++) {
@@ -597,7 +627,7 @@ struct Forward {
           const int64_t active = std::clamp<int64_t>(rows.running[t] - it.r0, 0, n);
           run(b, it, t, step & 1, active, pass, team);
           if (pass == 0 && team.self == 0)
-            for (int64_t r = active; r < n; r++) past_the_end(t * s.B + rows.order[it.r0 + r], b.column);
+            for (int64_t r = active; r < n; r++) past_the_end(t * s.B + rows.order[it.r0 + r], b.k);
         }
         team.meet();
       }
@@ -609,10 +639,9 @@ struct Forward {
       }
   }
 
-  void past_the_end(int64_t frame, int64_t column) const {
-    std::fill_n(at<R>(x.y, frame * s.H + column), s.P, R(0));
-    for (int i = 0; x.saved && i < std::max(S, 1); i++)
-      std::fill_n(at<R>(x.saved, (frame * std::max(S, 1) + i) * s.H + column), s.P, R(0));
+  void past_the_end(int64_t frame, int64_t k) const {
+    std::fill_n(at<R>(x.y, frame * s.H + k * s.P), s.P, R(0));
+    if (x.saved) std::fill_n(at<R>(x.saved, s.saved(SAVED, k) + frame * SAVED * s.P), SAVED * s.P, R(0));
   }
 
   void start(Block& b, const Item& it) const {
@@ -635,7 +664,7 @@ struct Forward {
     const R *u, *bias, *mask;
     R *y, *saved, *a, *h, *c, *rz, *reset;  // a and h: the new state
     const R *old_a, *old_h;
-    int64_t H, B, ld, column, t, ahead;
+    int64_t H, B, P, ld, column, t, ahead;
     Zone<R> zone_h, zone_c;
   };
 
@@ -644,7 +673,7 @@ struct Forward {
                   x.bias ? at<R>(x.bias, b.column) : nullptr,
                   x.mask ? at<R>(x.mask, b.column) : nullptr,
                   at<R>(x.y, b.column),
-                  x.saved ? at<R>(x.saved, b.column) : nullptr,
+                  x.saved ? at<R>(x.saved, s.saved(SAVED, b.k)) : nullptr,
                   b.a[!parity],
                   b.h[!parity],
                   b.c,
@@ -654,6 +683,7 @@ struct Forward {
                   b.h[parity],
                   s.H,
                   s.B,
+                  s.P,
                   ld,
                   b.column,
                   t,
@@ -675,7 +705,7 @@ struct Forward {
     V<R> sums[16 * 4];
     for (int64_t panel = team.begin(panels); panel < team.end(panels); panel++)
       for_tiles(0, active, max_rows(NJ), [&](int64_t first, int64_t last) {
-        gemms<R, W>[NJ][last - first](a + first* lda, lda, s.padded, w + panel* size, sums);
+        gemms<R, W>[NJ][last - first](a + first* lda, lda, s.depth, w + panel* size, sums);
         for (int64_t r = first; r < last; r++)
           for (int i = 0; i < z.NU; i++) {
             const int64_t j = panel * z.NU + i;
@@ -715,7 +745,7 @@ struct Forward {
     }
     if (C == LSTM) cp = load<R>(l.c + state);
     Cell<R, C>::forward(u, v, modulus, hp, cp, h, c, kept);
-    if (S == 0 && l.saved) store<R>(l.saved + frame * l.H + unit, h, valid);
+    if (S == 0 && l.saved) store<R>(l.saved + frame * l.P + unit, h, valid);
     if (!SIMPLE && l.zone_h.on) h += l.zone_h.old_share(row, l.t, l.column + unit) * (hp - h);
     if constexpr (C == LSTM) {
       if (!SIMPLE && l.zone_c.on) c += l.zone_c.old_share(row, l.t, l.column + unit) * (cp - c);
@@ -728,10 +758,10 @@ struct Forward {
     fetch(y_at + l.ahead * l.H);
     store<R>(y_at, h, valid);
     if (S && l.saved) {
-      R* to = l.saved + frame * S * l.H + unit;
+      R* to = l.saved + frame * S * l.P + unit;
       UNROLL for (int i = 0; i < S; i++) {
-        fetch(to + i * l.H + l.ahead * S * l.H);
-        store<R>(to + i * l.H, kept[i], valid);
+        fetch(to + i * l.P + l.ahead * S * l.P);
+        store<R>(to + i * l.P, kept[i], valid);
       }
     }
   }
@@ -741,7 +771,7 @@ struct Forward {
 
 template <class R, int C, class W>
 struct Backward {
-  static constexpr int G = gates_of(C), S = saved_of(C);
+  static constexpr int G = gates_of(C), S = saved_of(C), SAVED = std::max(S, 1);
   static constexpr int64_t CHUNK = 64;  // rows of gradients that are gathered before the weights' gradient is updated
   const Call& x;
   const Rows& rows;
@@ -762,13 +792,6 @@ struct Backward {
         lda(G * s.padded + L<R>) {}
 
   int64_t chunk(const Item& it) const { return std::max(CHUNK, 3 * (it.r1 - it.r0)); }
-  size_t workspace(const Item& it) const {
-    const size_t n = it.r1 - it.r0, cut = chunk(it), P = s.padded;
-    const size_t weights = G * P * P * sizeof(W) / sizeof(R) + 64;
-    const size_t block =
-        weights + cut * (lda + (1 + (C == GRU_ORIGINAL)) * ld) + (1 + (C == LSTM)) * n * ld + G * P * (P + 1) + 64 * 12;
-    return block * (it.k1 - it.k0);
-  }
 
   // `a` gathers the gradients of v, `hidden` the old states they meet, of several steps: row `now + r` is row r of
   // this step, `before + r` of the step before.
@@ -780,12 +803,11 @@ struct Backward {
     bool backwards;
   };
 
-  void operator()(const Item& it, Team team, Pieces<R> memory) const {
-    const int64_t n = it.r1 - it.r0, blocks = it.k1 - it.k0, cut = chunk(it);
-    std::vector<Block> all(blocks);
-    for (int64_t i = 0; i < blocks; i++) {
-      Block& b = all[i];
-      b.k = it.k0 + i, b.column = b.k * s.P;
+  std::vector<Block> lay_out(const Item& it, Pieces<R>& memory) const {
+    const int64_t n = it.r1 - it.r0, cut = chunk(it);
+    std::vector<Block> all(it.k1 - it.k0);
+    for (Block& b : all) {
+      b.k = it.k0 + (&b - all.data()), b.column = b.k * s.P;
       b.backwards = x.reverse[b.k / (s.K / x.groups)];
       b.w = reinterpret_cast<W*>(memory.take(G * s.padded * s.padded * sizeof(W) / sizeof(R) + 1));
       b.a = memory.take(cut * lda);
@@ -796,8 +818,14 @@ struct Backward {
       b.dw = memory.take(G * s.padded * s.padded);
       b.db = memory.take(G * s.padded);
       b.now = b.before = b.running_before = 0;
-      if (i >= team.begin(blocks) && i < team.end(blocks)) start(b, it);
     }
+    return all;
+  }
+
+  void operator()(const Item& it, Team team, Pieces<R> memory) const {
+    const int64_t n = it.r1 - it.r0, blocks = it.k1 - it.k0, cut = chunk(it);
+    std::vector<Block> all = lay_out(it, memory);
+    for (int64_t i = team.begin(blocks); i < team.end(blocks); i++) start(all[i], it);
     team.meet();
     for (int64_t step = 0; step <= s.T; step++) {
       for (Block& b : all) {
@@ -852,7 +880,7 @@ struct Backward {
     const R *y, *saved, *dy, *mask, *h0, *c0;
     R *du, *a, *hidden, *reset, *dh, *dc, *db, *dh0;  // a, hidden and reset: from this step's first row on
     const int64_t* length;
-    int64_t H, B, ld, lda, padded, column, t, back, ahead;  // back: frames to the step that came before this one
+    int64_t H, B, P, ld, lda, padded, column, t, back, ahead;  // back: frames to the step that came before this one
     Zone<R> zone_h, zone_c;
     bool backwards;
   };
@@ -862,7 +890,7 @@ struct Backward {
     const int64_t back = (b.backwards ? 1 : -1) * s.B;
     auto column = [&](const void* p) { return p ? at<R>(p, b.column) : nullptr; };
     const Local l{column(x.y),
-                  column(x.saved),
+                  x.saved ? at<R>(x.saved, s.saved(SAVED, b.k)) : nullptr,
                   column(x.dy),
                   column(x.mask),
                   column(x.h0),
@@ -878,6 +906,7 @@ struct Backward {
                   rows.length.data() + it.r0,
                   s.H,
                   s.B,
+                  s.P,
                   ld,
                   lda,
                   s.padded,
@@ -903,7 +932,7 @@ struct Backward {
     const int64_t panels = s.vectors / NU, kdim = deep * s.padded, size = kdim * NU * L<R>, row_size = lda;
     const int64_t* order = rows.order.data() + it.r0;
     const R* before = b.a + b.before * lda;
-    V<R> sums[16 * 2];
+    V<R> sums[16 * 4];
     for (int64_t panel = team.begin(panels); panel < team.end(panels); panel++) {
       auto tile = [&](int64_t first, int64_t last, bool from_before, bool ended) {
         if (from_before)
@@ -949,19 +978,19 @@ struct Backward {
   template <bool SIMPLE>
   INLINE void epilogue(const Local l, int64_t r, int64_t row, int64_t unit, int valid, V<R> sum) const {
     const int64_t place = row * l.H + unit, frame = l.t * l.B + row, state = r * l.ld + unit;
-    const R *y = l.y + frame * l.H + unit, *saved = l.saved + frame * S * l.H + unit, *dy = l.dy + frame * l.H + unit;
+    const R *y = l.y + frame * l.H + unit, *saved = l.saved + frame * S * l.P + unit, *dy = l.dy + frame * l.H + unit;
     const bool first = l.backwards ? l.t == l.length[r] - 1 : l.t == 0;  // before it came the initial state
     V<R> kept[S + 1], du[G], dv[G], dh_old = {}, dc_old = {}, c_new = {}, cp = {}, dc = {}, hp = {}, through = {};
     UNROLL for (int i = 0; i < S; i++) {
-      kept[i] = load<R>(saved + i * l.H, valid);
-      fetch(saved + i * l.H + l.ahead * S * l.H);
+      kept[i] = load<R>(saved + i * l.P, valid);
+      fetch(saved + i * l.P + l.ahead * S * l.P);
     }
     if (!first)
       hp = load<R>(y + l.back * l.H, valid);
     else if (l.h0)
       hp = load<R>(l.h0 + place, valid);
     const V<R> now = load<R>(y, valid);
-    const V<R> candidate = S == 0 && l.saved ? load<R>(l.saved + frame * l.H + unit, valid) : now;
+    const V<R> candidate = S == 0 && l.saved ? load<R>(l.saved + frame * l.P + unit, valid) : now;
     fetch(y + l.ahead * l.H);
     fetch(dy + l.ahead * l.H);
     if (!SIMPLE) sum = masked(sum, l.mask, place, valid);
@@ -972,7 +1001,7 @@ struct Backward {
     }
     if constexpr (C == LSTM) {
       if (!first)
-        cp = load<R>(saved + 4 * l.H + l.back * S * l.H, valid);
+        cp = load<R>(saved + 4 * l.P + l.back * S * l.P, valid);
       else if (l.c0)
         cp = load<R>(l.c0 + place, valid);
       c_new = kept[4];
@@ -1005,7 +1034,7 @@ struct Backward {
     const int64_t n = it.r1 - it.r0, panels = s.vectors / s.NU, size = s.padded * s.NU * L<R>;
     const int64_t active = std::clamp<int64_t>(rows.running[t] - it.r0, 0, n);
     const W* w = b.w + 2 * s.padded * s.padded;
-    V<R> sums[16 * 2];
+    V<R> sums[16 * 4];
     for (int64_t panel = team.begin(panels); panel < team.end(panels); panel++)
       for_tiles(0, active, max_rows(s.NU), [&](int64_t first, int64_t last) {
         gemms<R, W>[s.NU][last - first](b.a + (b.now + first)* lda + 2 * s.padded, lda, s.padded, w + panel* size,
@@ -1016,7 +1045,8 @@ struct Backward {
             const int valid = s.valid(panel * s.NU + i);
             if (!valid) continue;
             const V<R> sum = sums[(r - first) * s.NU + i];
-            const V<R> reset = load<R>(at<R>(x.saved, (t * s.B + row) * S * s.H + column), valid);
+            const R* saved = at<R>(x.saved, s.saved(S, b.k) + (t * s.B + row) * S * s.P + unit);
+            const V<R> reset = load<R>(saved, valid);
             const V<R> hidden = load<R>(b.hidden + (b.now + r) * ld + unit);
             const V<R> d = sum * hidden * reset * (R(1) - reset);
             store<R>(b.a + (b.now + r) * lda + unit, d);
@@ -1077,16 +1107,22 @@ struct Diagonal {
   Diagonal(const Call& call, R* dw, R* db)
       : x(call), zone_h(call, 0), zone_c(call, 1), H(call.K), dweight(dw), dbias(db) {}
 
-  size_t workspace(const Item& it) const {
-    return (2 * (it.r1 - it.r0) + 2 * G) * size_t(it.k1 - it.k0 + L<R>) + 64 * 16;
+  struct Strip {
+    int64_t width, room, rows;
+    R *h, *c, *dw, *db;  // h, c: the states going forwards, their gradients going backwards
+    bool backwards;
+  };
+  Strip lay_out(const Item& it, Pieces<R>& memory) const {
+    const int64_t width = it.k1 - it.k0, room = width + L<R>, n = it.r1 - it.r0;
+    R *h = memory.take(n * room), *c = memory.take(n * room);
+    R *dw = memory.take(G * room), *db = memory.take(G * room);
+    return {width, room, n, h, c, dw, db, bool(x.reverse[it.k0 / (H / x.groups)])};
   }
 
   int64_t length(int64_t row) const { return x.lengths ? x.lengths[row] : x.T; }
 
   void forward(const Item& it, Pieces<R> memory) const {
-    const int64_t width = it.k1 - it.k0, room = width + L<R>, n = it.r1 - it.r0;
-    R *h = memory.take(n * room), *c = memory.take(n * room);
-    const bool backwards = x.reverse[it.k0 / (H / x.groups)];
+    const auto [width, room, n, h, c, dw, db, backwards] = lay_out(it, memory);
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = 0; j < width; j++) {
         const int64_t place = (it.r0 + r) * H + it.k0 + j;
@@ -1153,12 +1189,9 @@ struct Diagonal {
   }
 
   void backward(const Item& it, Pieces<R> memory) const {
-    const int64_t width = it.k1 - it.k0, room = width + L<R>, n = it.r1 - it.r0;
-    R *dh = memory.take(n * room), *dc = memory.take(n * room), *dw = memory.take(G * room),
-      *db = memory.take(G * room);
+    const auto [width, room, n, dh, dc, dw, db, backwards] = lay_out(it, memory);
     std::fill_n(dw, G * room, R(0));
     std::fill_n(db, G * room, R(0));
-    const bool backwards = x.reverse[it.k0 / (H / x.groups)];
     for (int64_t r = 0; r < n; r++) {
       std::copy_n(at<R>(x.dh, (it.r0 + r) * H + it.k0), width, dh + r * room);
       if (C == LSTM) std::copy_n(at<R>(x.dc, (it.r0 + r) * H + it.k0), width, dc + r * room);
@@ -1294,6 +1327,13 @@ void parallel(int64_t wanted, Body body) {
 
 constexpr int DONE = 0, NO_MEMORY = 1;
 
+template <class R, class Work>
+size_t needed(const Work& work, const Item& item) {
+  Pieces<R> count;
+  work.lay_out(item, count);
+  return count.used;
+}
+
 // Each item is one thread's; whoever is free takes the next.
 template <class R, class Work, class Function>
 int run_items(const Call& x, const std::vector<Item>& items, const Work& work, Function function) {
@@ -1302,7 +1342,7 @@ int run_items(const Call& x, const std::vector<Item>& items, const Work& work, F
   parallel(std::min<int64_t>(x.threads, items.size()), [&](int, int) {
     for (size_t i; (i = next.fetch_add(1)) < items.size();) {
       Workspace<R>& memory = workspace<R>();
-      if (memory.reserve(work.workspace(items[i])))
+      if (memory.reserve(needed<R>(work, items[i])))
         function(items[i], Team{0, 1, nullptr}, Pieces<R>{memory.begin()});
       else
         result = NO_MEMORY;
@@ -1316,7 +1356,7 @@ template <class R, class Work>
 int run_together(const Call& x, const Work& work) {
   const Item whole{0, x.K, 0, x.B, 0};
   Workspace<R>& memory = workspace<R>();
-  if (!memory.reserve(work.workspace(whole))) return NO_MEMORY;
+  if (!memory.reserve(needed<R>(work, whole))) return NO_MEMORY;
   std::vector<Barrier> barriers;
   for (int size = 0; size <= x.threads; size++) barriers.emplace_back(size);  // OpenMP may give fewer than wanted
   parallel(x.threads,
