@@ -1134,8 +1134,8 @@ struct Diagonal {
       for (int64_t r = 0; r < n; r++)
         if (t < length(it.r0 + r))
           for (int64_t j = 0; j < width; j += L<R>)
-            forward_step(it.r0 + r, t, it.k0 + j, int(std::min<int64_t>(L<R>, width - j)), h + r * room + j,
-                         c + r * room + j);
+            forward_step(it.r0 + r, t, backwards ? -x.B : x.B, it.k0 + j, int(std::min<int64_t>(L<R>, width - j)),
+                         h + r * room + j, c + r * room + j);
         else
           past_the_end(t * x.B + it.r0 + r, it.k0, width);
     }
@@ -1159,12 +1159,14 @@ struct Diagonal {
     return x.mask ? h * load<R>(at<R>(x.mask, row * H + column), valid) : h;
   }
 
-  INLINE void forward_step(int64_t row, int64_t t, int64_t column, int valid, R* h_at, R* c_at) const {
+  // `ahead`: frames from this step to the next. The memory that it will need is fetched meanwhile.
+  INLINE void forward_step(int64_t row, int64_t t, int64_t ahead, int64_t column, int valid, R* h_at, R* c_at) const {
     const int64_t frame = t * x.B + row;
     const V<R> hp = load<R>(h_at, valid), hm = masked(hp, row, column, valid);
     V<R> u[G], v[G], s[S + 1], h, c = {}, cp = {};
     UNROLL for (int g = 0; g < G; g++) {
       u[g] = load<R>(at<R>(x.u, (frame * G + g) * H + column), valid);
+      fetch(at<R>(x.u, ((frame + ahead) * G + g) * H + column));
       v[g] = weight(g, column, valid) * hm;
       if (C != RNN_MODRELU) v[g] += bias(g, column, valid);
     }
@@ -1183,8 +1185,12 @@ struct Diagonal {
     }
     store<R>(h_at, h, valid);
     store<R>(at<R>(x.y, frame * H + column), h, valid);
+    fetch(at<R>(x.y, (frame + ahead) * H + column));
     if (S && x.saved) {
-      UNROLL for (int i = 0; i < S; i++) store<R>(at<R>(x.saved, (frame * S + i) * H + column), s[i], valid);
+      UNROLL for (int i = 0; i < S; i++) {
+        store<R>(at<R>(x.saved, (frame * S + i) * H + column), s[i], valid);
+        fetch(at<R>(x.saved, ((frame + ahead) * S + i) * H + column));
+      }
     }
   }
 
@@ -1225,7 +1231,11 @@ struct Diagonal {
     const int64_t frame = t * x.B + row, before = (t + (backwards ? 1 : -1)) * x.B + row, place = row * H + column;
     const R *y = at<R>(x.y, 0), *saved = at<R>(x.saved, 0);
     V<R> s[S + 1], du[G], dv[G], dh_old = {}, dc_old = {}, c_new = {}, cp = {}, dc = {}, dc_through = {}, through = {};
-    UNROLL for (int i = 0; i < S; i++) s[i] = load<R>(saved + (frame * S + i) * H + column, valid);
+    const int64_t ahead = before - frame;
+    UNROLL for (int i = 0; i < S; i++) {
+      s[i] = load<R>(saved + (frame * S + i) * H + column, valid);
+      fetch(saved + ((frame + ahead) * S + i) * H + column);
+    }
     V<R> hp = {};
     if (!first)
       hp = load<R>(y + before * H + column, valid);
@@ -1233,6 +1243,8 @@ struct Diagonal {
       hp = load<R>(at<R>(x.h0, place), valid);
     const V<R> now = load<R>(y + frame * H + column, valid), hm = masked(hp, row, column, valid);
     V<R> dh = load<R>(dh_at, valid) + load<R>(at<R>(x.dy, frame * H + column), valid);
+    fetch(at<R>(x.dy, (frame + ahead) * H + column));
+    fetch(y + (frame + 2 * ahead) * H + column);
     const V<R> candidate = S == 0 && x.saved ? load<R>(saved + frame * H + column, valid) : now;
     if (zone_h.on) {
       through = dh * zone_h.old_share(row, t, column);
@@ -1261,6 +1273,7 @@ struct Diagonal {
     }
     UNROLL for (int g = 0; g < G; g++) {
       store<R>(at<R>(x.du, (frame * G + g) * H + column), du[g], valid);
+      fetch(at<R>(x.du, ((frame + ahead) * G + g) * H + column));
       if (!(C == GRU_ORIGINAL && g == 2)) carried += dv[g] * weight(g, column, valid);
       const V<R> met = C == GRU_ORIGINAL && g == 2 ? s[0] * hm : hm;
       store<R>(dw_at + g * room, load<R>(dw_at + g * room, valid) + dv[g] * met, valid);
@@ -1275,10 +1288,13 @@ struct Diagonal {
 // A call
 
 // The work items depend on the shapes alone, never on the number of threads: so neither do the results.
-std::vector<Item> block_items(const Call& x, int64_t bytes_per_block) {
-  // Blocks of one item are walked through a step together: one computes while another waits for its sums, and their
-  // weights still fit the first-level cache.
-  const int64_t group = std::clamp<int64_t>(std::min(32768 / bytes_per_block, 128 / x.P), 1, std::max<int64_t>(x.K, 1));
+std::vector<Item> block_items(const Call& x, int64_t bytes_per_block, bool backward) {
+  // Blocks of one item are walked through a step together: one computes while another waits for its sums, and a longer
+  // stretch of each row of u and y is used. Their weights should still fit the first-level cache where there are few
+  // rows to use them on; backward has more beside them.
+  const int64_t wide = !backward && x.B >= 8 ? 4 : 1;
+  const int64_t group =
+      std::clamp<int64_t>(std::min(wide * 32768 / bytes_per_block, wide * 128 / x.P), 1, std::max<int64_t>(x.K, 1));
   const int64_t parts = (x.K + group - 1) / group;
   // Where blocks are few and small, the batch is cut too; a slice must still fill a tile.
   const bool small = bytes_per_block <= 1 << 19 && parts < 8;
@@ -1384,14 +1400,14 @@ int forward_blocks(const Call& x) {
   const Rows rows(x);
   const Shape<R> s(x);
   const Forward<R, C, W> work(x, rows, static_cast<const W*>(x.packed));
-  return run_blocks<R>(x, block_items(x, gates_of(C) * s.padded * s.padded * sizeof(W)), work);
+  return run_blocks<R>(x, block_items(x, gates_of(C) * s.padded * s.padded * sizeof(W), false), work);
 }
 
 template <class R, int C, class W>
 int backward_blocks(const Call& x) {
   const Rows rows(x);
   const Shape<R> s(x);
-  const std::vector<Item> items = block_items(x, gates_of(C) * s.padded * s.padded * sizeof(W));
+  const std::vector<Item> items = block_items(x, gates_of(C) * s.padded * s.padded * sizeof(W), true);
   const int64_t slices = slices_of(items), n = gates_of(C) * s.H * s.P, m = gates_of(C) * s.H;
   std::vector<R> dw(slices > 1 ? slices * n : 0), db(slices > 1 && x.dbias ? slices * m : 0);
   R* dbias = db.empty() ? static_cast<R*>(x.dbias) : db.data();
