@@ -10,7 +10,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ALL = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+# GCC 12 takes its own AVX-512 header for careless.
+ALL = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DVECTOR_BYTES=64", "-DREGISTERS=32"],
     "avx2": ["-mavx2", "-mfma", "-DVECTOR_BYTES=32", "-DREGISTERS=16"],
@@ -38,6 +39,14 @@ class BuildKernels(build_ext):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("kernels._cpu", ["kernels/cpu.cpp"], language="c++", optional=True)],
+        ext_modules=[
+            Extension(
+                "kernels._cpu",
+                ["kernels/cpu.cpp"],
+                depends=sorted(map(str, Path("kernels").glob("*.h"))),
+                language="c++",
+                optional=True,
+            )
+        ],
         cmdclass={"build_ext": BuildKernels},
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.reference import GATES, SAVED
 
 CELLS = list(GATES)
-"""In the order of the enumeration in cpu.cpp."""
+"""In the order of the enumeration in call.h."""
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 _INTEGERS = ("T", "B", "K", "P", "groups", "cell", "diagonal", "bfloat16", "threads")
@@ -114,7 +114,7 @@ def keep_pages() -> None:
 
 
 def padded_size(size: int, dtype: torch.dtype) -> int:
-    """P up to whole vectors, as cpu.cpp lays out packed weights."""
+    """P up to whole vectors, as gemm.h lays out packed weights."""
     isa = "portable" if dtype == torch.float64 else instruction_set()
     lanes = {"avx512": 64, "avx2": 32, "portable": 16}[isa] // dtype.itemsize
     lanes = max(lanes, 4)
