@@ -1,7 +1,6 @@
 """A stack and a module of torch with its weights give the same outputs, and weights go both ways unchanged."""
 
 import itertools
-import re
 
 import pytest
 import torch
@@ -104,14 +103,3 @@ def test_what_does_not_fit_is_named_and_changes_nothing(options, state, message:
     with pytest.raises(UserError, match=message):
         load_torch(rnn, state)
     assert all(torch.equal(rnn.state_dict()[name], weight) for name, weight in before.items())
-
-
-def test_the_example_of_the_readme() -> None:
-    from trainer.config import PROJECT
-
-    blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.S)
-    (example,) = [block for block in blocks if "to_torch" in block]
-    names: dict = {}
-    exec(example, names)
-    assert isinstance(names["lstm"], nn.LSTM)
-    assert names["lacks"] == []
