@@ -58,6 +58,51 @@ def block_loop(u: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(outputs).permute(0, 2, 1, 3).flatten(2)
 
 
+FLASHRNN = {"rnn_tanh": "elman", "gru": "gru", "lstm": "lstm"}
+"""What it calls a cell."""
+
+
+def flashrnn_rivals(cell: str, u: Tensor, weight: Tensor) -> Rivals:
+    """The same blocks by FlashRNN's `vanilla` backend, its loop for CPUs; nothing where it is not installed.
+
+    As fast as it goes: float32, and every tensor laid out as its loop has it inside, so that it transposes nothing. Its
+    other backend for CPUs, `vanilla_fwbw`, has only the LSTM and is slower.
+
+    Source: Pöppel, Beck & Hochreiter 2024, arXiv:2412.07752.
+    """
+    try:
+        from flashrnn import FlashRNNConfig, flashrnn
+    except ImportError:
+        return {}
+    (gates, num_blocks, size, _), batch = weight.shape, u.shape[1]
+    config = FlashRNNConfig(
+        backend="vanilla",
+        function=FLASHRNN[cell],
+        num_heads=num_blocks,
+        head_dim=size,
+        batch_size=batch,
+        dtype="float32",
+        input_shape="TBGHD",
+        recurrent_shape="HPGD",
+        bias_shape="GHD",
+        output_shape="STBHD",
+    )
+    matrices = weight.detach()
+    if cell == "gru":
+        matrices = matrices[[2, 0, 1]]  # it has n, r, z
+    matrices = matrices.permute(1, 3, 0, 2).contiguous().requires_grad_()  # (K, from P, G, to P)
+    bias = torch.zeros(config.num_gates_t, num_blocks, size)
+    first = torch.zeros(config.num_states, 1, batch, num_blocks, size)
+
+    def run() -> Tensor:
+        inputs = u.unflatten(-1, (gates, num_blocks, size))
+        states, _ = flashrnn(inputs, matrices, bias, states=first, config=config)  # (states, T, B, K, P), h first
+        y: Tensor = states[0].flatten(2)
+        return y
+
+    return {"flashrnn": (run, [u, matrices], True)}
+
+
 def _case(cell: str, steps: int, batch: int, blocks: int, size: int | None) -> tuple[Tensor, Tensor]:
     gates, hidden = GATES[cell], blocks * (size or 1)
     weight = torch.randn(gates, blocks, size, size) * 0.5 / size**0.5 if size else torch.rand(gates, hidden)
@@ -65,7 +110,7 @@ def _case(cell: str, steps: int, batch: int, blocks: int, size: int | None) -> t
 
 
 def block_bench(steps: int, batch: int, size: int, hidden: int = 1024, **wanted: tuple[float, float | None]) -> Bench:
-    """tanh blocks of P = `size` against the loop, and against a dense nn.RNN of as many units."""
+    """tanh blocks of P = `size` against the loop, FlashRNN, and a dense nn.RNN of as many units."""
     u, weight = _case("rnn_tanh", steps, batch, hidden // size, size)
     dense = nn.RNN(hidden, hidden)
     # The sparse layer is compared with a dense layer's recurrence alone: no projection on either side.
@@ -73,6 +118,7 @@ def block_bench(steps: int, batch: int, size: int, hidden: int = 1024, **wanted:
     rivals: Rivals = {
         "loop": (lambda: block_loop(u, weight), [u, weight], True),
         "dense": (lambda: dense(x)[0], list(dense.parameters()), False),
+        **flashrnn_rivals("rnn_tanh", u, weight),
     }
     flops = 2.0 * steps * batch * hidden * size
     name = f"blocks of {size}, B={batch}, T={steps}"
@@ -108,7 +154,7 @@ def benches() -> Iterator[Bench]:
         "blocks of 16, B=16, T=100",
         lambda: recurrence(u, weight, cell="rnn_tanh")[0],
         [u, weight],
-        {"loop": (lambda: block_loop(u, weight), [u, weight], True)},
+        {"loop": (lambda: block_loop(u, weight), [u, weight], True), **flashrnn_rivals("rnn_tanh", u, weight)},
         2.0 * u.numel() * 16,
         u.numel(),
         {"copy": (0.35, None)},
@@ -116,7 +162,8 @@ def benches() -> Iterator[Bench]:
     for cell in ("lstm", "gru"):
         v, gates = _case(cell, 100, 16, 16, 64)
         flops = 2.0 * v.numel() * 64
-        yield Bench(f"{cell} blocks of 64, B=16", _closure(cell, v, gates), [v, gates], flops=flops)
+        rivals = flashrnn_rivals(cell, v, gates)
+        yield Bench(f"{cell} blocks of 64, B=16", _closure(cell, v, gates), [v, gates], rivals, flops)
     d, diagonal = _case("rnn_relu", 100, 16, 1024, None)
     yield Bench(
         "diagonal, H=1024, B=16",
@@ -152,7 +199,7 @@ def _agree(bench: Bench) -> None:
             continue
         theirs = rival()
         a, b = (torch.autograd.grad(y, bench.inputs[:1], weights, retain_graph=True)[0] for y in (ours, theirs))
-        for what, x, y in (("output", ours, theirs), ("gradient", a, b)):
+        for what, x, y in (("output", ours.detach(), theirs.detach()), ("gradient", a, b)):
             error = float((x - y).norm() / y.norm())
             if not error < 1e-4:
                 raise AssertionError(f"{bench.name}: the {what} of {name} differs by {error:.1e}")

@@ -110,8 +110,8 @@ class Speech(Recipe[SpeechRunConfig]):
         assert isinstance(model, SpeechModel)
         rnn, layers = self.config.model.rnn, list(model.rnn.recurrent_layers())
         step_ms = self.config.data.features.hop_ms * self.config.model.subsampling.stride
-        weights = sum(layer.recurrence.weight.numel() for layer in layers)
-        adds = sum(layer.recurrence.multiply_adds() for layer in layers)
+        weights = sum(layer.weight_hh.weight.numel() for layer in layers)
+        adds = sum(layer.weight_hh.multiply_adds() for layer in layers)
         return {
             "recurrence": f"{len(layers)} x {rnn.structure.kind} {rnn.cell.kind} of {rnn.hidden_size} units",
             "recurrent weights": f"{weights:,}; {adds:,} multiply-adds a step",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
@@ -58,7 +59,7 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--only=blocks of 16", "--seconds=0.01", f"--json={out}", f"--picture={picture}"]
     assert main(["bench", "kernels", *arguments]) == 0
     (line,) = json.loads(out.read_text())["lines"]
-    assert set(line["forward"]) == {"milliseconds", "loop", "copy", "floor"}
+    assert set(line["forward"]) - {"flashrnn"} == {"milliseconds", "loop", "copy", "floor"}
     assert 0 < line["both"]["floor"]["median"] < 1
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "blocks of 16" in capsys.readouterr().out
@@ -66,3 +67,16 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong.rivals = {"loop": (lambda: 2 * wrong.ours(), wrong.inputs, True)}
     with pytest.raises(AssertionError, match="the output of loop differs"):
         kernel_bench.measure(wrong, 0.01, 1e11)
+
+
+@pytest.mark.parametrize("line", ["blocks of 64, B=1,", "gru blocks", "lstm blocks"])
+def test_flashrnn_computes_the_same(line: str) -> None:
+    pytest.importorskip("flashrnn", reason="measured where a user has installed it")
+    (bench,) = [b for b in kernel_bench.benches() if b.name.startswith(line)]
+    assert "flashrnn" in bench.rivals
+    kernel_bench._agree(bench)
+    _, (_, weight), _ = bench.rivals["flashrnn"]
+    with torch.no_grad():
+        weight.mul_(1.01)
+    with pytest.raises(AssertionError, match="the output of flashrnn differs"):
+        kernel_bench._agree(bench)

@@ -59,6 +59,18 @@ def test_every_verb_is_in_the_readme_and_explains_itself() -> None:
         assert ended.value.code == 0
 
 
+def test_the_examples_run() -> None:
+    """Those in Python that can run as they stand."""
+    ran = ""
+    for path in (PROJECT / "README.md", PROJECT / "docs/kernels.md"):
+        for example in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            if "import " in example:
+                exec(compile(example, path.name, "exec"), {})
+                ran += example
+    assert "to_torch" in ran
+    assert "block_gru" in ran
+
+
 def test_links_of_the_documents_lead_somewhere() -> None:
     for path in [PROJECT / "README.md", *(PROJECT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):

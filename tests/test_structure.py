@@ -85,5 +85,5 @@ MODULES = {"pyyaml": "yaml", "pillow": "PIL"}  # packages whose module has anoth
 
 def test_what_is_imported_is_declared() -> None:
     used = {name.split(".")[0] for path in sources("kernels", "trainer", "recipes") for name in imports(path)}
-    used -= {"kernels", "trainer", "recipes", "triton", "pydantic_core"} | set(sys.stdlib_module_names)
+    used -= {"kernels", "trainer", "recipes", "triton", "flashrnn", "pydantic_core"} | set(sys.stdlib_module_names)
     assert used == {MODULES.get(name, name) for name in requirements()}

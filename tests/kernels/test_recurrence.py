@@ -32,6 +32,17 @@ def test_every_case_agrees_with_the_definition(cell: str, dtype: torch.dtype) ->
             assert not wrong, f"{case}: {wrong}"
 
 
+def test_the_selftest_counts_by_path_and_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [c for c in cases.cases() if c.steps == 12 and c.cell in ("rnn_relu", "lstm")]
+    monkeypatch.setattr(cases, "cases", lambda: iter(few))
+    told: list[str] = []
+    assert kernels.selftest(say=told.append) == {f"{kernels.explain(torch.empty(0))}, torch.float32": len(few)}
+    assert told == ["rnn_relu, torch.float32", "lstm, torch.float32"]
+    monkeypatch.setattr(cases, "recurrence", lambda *a, **k: [x * 1.00001 for x in kernels.recurrence(*a, **k)])
+    with pytest.raises(AssertionError, match=r"rnn_relu-T12-B7-4x19-f.* on cpu, C\+\+ .*: y differs by 1\.0e-05"):
+        kernels.selftest()
+
+
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_every_build_agrees_with_the_definition(isa: str) -> None:
     """In a process of its own, where the processor is taken for a lesser one."""

@@ -35,6 +35,12 @@ def test_a_structure_equals_its_dense_matrix(structure, num_gates: int) -> None:
     torch.testing.assert_close(built(h), h @ built.dense().T)
     assert built.dense().shape == (num_gates * 8, 8)
     assert built.multiply_adds() == int((built.dense() != 0).sum())
+    matrix = inputs(8, num_gates * 8, 1)[0]
+    part = built.part_of(matrix)
+    built.load_state_dict({"weight": part})
+    part.zero_()  # a view: what is left lies off the structure
+    assert not (matrix * built.dense()).any()
+    assert int((matrix != 0).sum()) == num_gates * 64 - built.multiply_adds()
 
 
 @pytest.mark.parametrize("directions", ["forward", "concat", "sum"])

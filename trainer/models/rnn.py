@@ -85,6 +85,9 @@ class RNNConfig(Config):
 class RecurrentLayer(nn.Module):
     """The weights of one layer in one direction; `run` computes it, alone or with the other direction.
 
+    Names, shapes and order of gates are those of torch's cells, but for `weight_hh`, which is a `Structure`: its
+    `dense()` is torch's matrix. `trainer.models.convert` goes from a stack to a module of torch and back.
+
     Args:
         config: cell and structure.
         input_size: D.
@@ -100,7 +103,7 @@ class RecurrentLayer(nn.Module):
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size))
         self.bias_ih = nn.Parameter(torch.empty(rows))
         self.bias_hh = nn.Parameter(torch.empty(rows))
-        self.recurrence = config.structure.build(config.hidden_size, GATES[config.cell.kind])
+        self.weight_hh = config.structure.build(config.hidden_size, GATES[config.cell.kind])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,8 +126,8 @@ def run(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor, states: Sequ
         x: (T, B, D), lengths: (B,)
         returns: (T, B, R H), the directions side by side, with zeros past each length, and the last state of each
     """
-    cell, recurrence = ways[0].cell, ways[0].recurrence
-    if isinstance(recurrence, Dense) and torch_is_faster(cell, recurrence.weight):
+    cell, weight_hh = ways[0].cell, ways[0].weight_hh
+    if isinstance(weight_hh, Dense) and torch_is_faster(cell, weight_hh.weight):
         outputs = [_torch(way, x, lengths, state) for way, state in zip(ways, states, strict=True)]
         y = outputs[0][0] if len(ways) == 1 else torch.cat([y for y, _ in outputs], -1)
         return y, [last for _, last in outputs]
@@ -147,7 +150,7 @@ def _torch(way: RecurrentLayer, x: Tensor, lengths: Tensor, state: State | None)
     x = reverse_rows(x, lengths) if way.reverse else x
     zeros = x.new_zeros(x.shape[1], way.hidden_size)
     first = [s[None] for s in state or (zeros, zeros)]
-    weights = [way.weight_ih, way.recurrence.dense(), way.bias_ih, way.bias_hh]
+    weights = [way.weight_ih, way.weight_hh.dense(), way.bias_ih, way.bias_hh]
     options = (True, 1, 0.0, way.training, False, False)  # biases, layers, dropout, train, both ways, batch first
     if isinstance(way.cell, LSTMConfig):
         y, *last = torch.lstm(x, first, weights, *options)
@@ -173,7 +176,7 @@ def _kernel(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor, states: 
     u = nn.functional.linear(
         x, side_by_side([way.weight_ih for way in ways]), side_by_side([way.bias_ih for way in ways])
     )
-    weight = torch.cat([way.recurrence.blocks() for way in ways], 1)
+    weight = torch.cat([way.weight_hh.blocks() for way in ways], 1)
     given = [state for state in states if state is not None]
     first = [torch.cat(parts, -1) for parts in zip(*given, strict=True)] if given else []
     name = f"rnn_{cell.activation}" if isinstance(cell, ElmanConfig) else cell.kind

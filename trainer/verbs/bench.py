@@ -4,7 +4,8 @@
     ./launch.sh bench loader speech/read_ru      the loader against a bare loop, and the time a step waits for it
     ./launch.sh bench kernels                    every kernel against torch, a loop, and its own floor, on one thread
 
-The bare loops stand in trainer/bench.py and kernels/bench.py. Close other programs first; the spread (quartiles) tells
+The bare loops stand in trainer/bench.py and kernels/bench.py. Lines of blocks are measured against FlashRNN too, where
+`pip install flashrnn packaging einops` was done. Close other programs first; the spread (quartiles) tells
 whether it was quiet.
 """
 
@@ -87,7 +88,9 @@ def _kernels(arguments: argparse.Namespace) -> dict[str, Any]:
     for heading in ("", "ms", "of the floor", "against", "ratio (quartiles)", "wanted"):
         table.add_column(heading)
     for line in result["lines"]:
-        table.add_row(*_cells(line))
+        for row in _rows(line):
+            table.add_row(*row)
+        table.add_section()
     console.print(table)
     if arguments.picture:
         from trainer.plots import ratios
@@ -96,8 +99,8 @@ def _kernels(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _cells(line: dict[str, Any]) -> list[str]:
-    """One line of the table; rivals and what is wanted of them under each other."""
+def _rows(line: dict[str, Any]) -> list[list[str]]:
+    """One line of the table: a row for each rival, and what is wanted of it."""
     both = (line["forward"], line["both"])
     others = [name for name in line["forward"] if name not in ("milliseconds", "floor")]
 
@@ -122,11 +125,7 @@ def _cells(line: dict[str, Any]) -> list[str]:
         return " / ".join(f"{g:g}" for g in goals if g) + ("" if all(met) else "  MISSED")
 
     floor = pair("floor", 100, 0) + " %" if "floor" in both[0] else ""
-    return [
-        line["name"],
-        pair("milliseconds"),
-        floor + (f" (wanted {wanted('floor')})" if wanted("floor") else ""),
-        "\n".join(others),
-        "\n".join(spread(name) for name in others),
-        "\n".join(wanted(name) for name in others),
-    ]
+    first = [line["name"], pair("milliseconds"), floor + (f" (wanted {wanted('floor')})" if wanted("floor") else "")]
+    rows = [["", "", "", name, spread(name), wanted(name)] for name in others] or [[""] * 6]
+    rows[0][:3] = first
+    return rows

@@ -22,6 +22,10 @@ class Structure(nn.Module):
         """The matrices as `kernels.recurrence` takes them: (G, K, P, P), or (G, H) diagonals."""
         raise TypeError(f"{type(self).__name__} lacks blocks")
 
+    def part_of(self, matrix: Tensor) -> Tensor:
+        """What of (G H, H) matrices lies on the structure: a view of them in the shape of `weight`."""
+        raise TypeError(f"{type(self).__name__} lacks part_of")
+
     def multiply_adds(self) -> int:
         """Multiplications of one step of one row."""
         return self.weight.numel()

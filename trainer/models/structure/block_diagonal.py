@@ -57,3 +57,8 @@ class BlockDiagonal(Structure):
 
     def blocks(self) -> Tensor:
         return self.weight
+
+    def part_of(self, matrix: Tensor) -> Tensor:
+        _, num_blocks, size, _ = self.weight.shape
+        blocks = matrix.view(self.num_gates, num_blocks, size, num_blocks, size)  # gate, rows' block, row, ...
+        return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (G, K, P, P)

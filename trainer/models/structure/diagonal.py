@@ -43,3 +43,6 @@ class Diagonal(Structure):
 
     def blocks(self) -> Tensor:
         return self.weight
+
+    def part_of(self, matrix: Tensor) -> Tensor:
+        return matrix.unflatten(0, self.weight.shape).diagonal(dim1=1, dim2=2)
