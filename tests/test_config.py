@@ -33,7 +33,7 @@ def write(folder: Path, name: str, text: str) -> str:
         ("optimizer={kind: rmsprop, betas: [0.9, 0.98]}", ["unknown key of kind rmsprop", "belongs to adamw"]),
         ("data.corpus.kind=foo", ["the command line: data.corpus.kind = 'foo'", "known here: an4, common_voice"]),
         ("data.corpus.kind=timitt", ["did you mean timit?"]),
-        ("data.text.tokens.kind=words", ["data.text.tokens.kind = 'words'", "characters, phones, subwords"]),
+        ("data.text.tokens.kind=words", ["data.text.tokens.kind = 'words'", "did you mean subwords?"]),
         ("data.text.map={ab: c}", ["data.text.map", "'ab' is not one character", "map each on its own"]),
         ("data.text={tokens: {kind: phones}, alphabet: a b a}", ["data.text.alphabet = 'a b a'", "a more than once"]),
         ("data.features.kind=mfcc", ["data.features.kind = 'mfcc'", "'log_mel' or 'precomputed'"]),

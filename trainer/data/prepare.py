@@ -83,7 +83,10 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
             if line:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
         _refuse_empty_splits(cleaned, problems)
-        vocabulary = _vocabulary(config, cleaned)
+        try:
+            vocabulary = _vocabulary(config, cleaned)
+        except UserError as error:
+            raise UserError(listing([*problems, str(error)])) from error
         tasks = _plan(config, cleaned)
         stale = _stale(root, tasks)
         todo = [task for task in tasks if not is_done(task)]
@@ -95,7 +98,8 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
             problems += _write_all(todo, processes or len(os.sched_getaffinity(0)), display)
         if problems:
             cure = "The shards without these are kept: mend this and run the command again."
-            raise UserError("\n".join(filter(None, (listing(problems), outside, cure))))
+            counts = outside if config.text.unknown == "error" else None  # else it was printed
+            raise UserError("\n".join(filter(None, (listing(problems), counts, cure))))
         for shard in stale:
             _remove(shard)
         if stale:
@@ -205,9 +209,7 @@ def _shared_texts(samples: dict[SplitName, list[tuple[Utterance, str]]]) -> str 
     texts = {split: {text for _, text in group} for split, group in samples.items()}
     counts = {f"{a} and {b}": len(texts[a] & texts[b]) for a, b in itertools.combinations(SPLITS, 2)}
     shared = ", ".join(f"{number} in {both}" for both, number in counts.items() if number)
-    return (
-        f"warning: splits share texts ({shared}); leave `split` out to have each text in one only" if shared else None
-    )
+    return f"warning: splits share texts ({shared}), so an error rate tells less of new ones" if shared else None
 
 
 def _problem(utterance: Utterance, reason: str, cure: str) -> str:

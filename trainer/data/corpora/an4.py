@@ -93,7 +93,8 @@ class An4Config(Config):
 def _split(part: str, speaker: str) -> SplitName:
     if part == "test":
         return "test"
-    return "valid" if percentile(speaker) < VALID_PERCENT else "train"
+    person = speaker.rstrip("0123456789")  # mdcs2 is mdcs, who came again
+    return "valid" if percentile(person) < VALID_PERCENT else "train"
 
 
 @dataclass(frozen=True)

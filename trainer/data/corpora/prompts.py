@@ -60,7 +60,8 @@ class PromptsConfig(Config):
 
     kind: Literal["prompts"] = "prompts"
     path: Free[Path | None] = None
-    """Folder where both packages were unpacked (with usr/ in it); null fetches them into `raw/` of data.path."""
+    """Folder where both packages were unpacked, into it or into folders of their names; null fetches them into `raw/`
+    of data.path."""
 
     def utterances(self, folder: Path, progress: Progress) -> list[Utterance]:
         """Fetch both packages, unless they are there, and read the transcripts.
@@ -77,7 +78,7 @@ class PromptsConfig(Config):
         for package in (SOUNDS, TEXTS):
             if self.path is None:
                 roots.append(fetch(package, folder / "raw", self.kind, progress))
-            elif (root := find(package, self.path)) is not None:
+            elif root := find(package, self.path) or find(package, self.path / package.name):
                 roots.append(root)
             else:
                 raise UserError(
