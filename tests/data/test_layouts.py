@@ -281,6 +281,7 @@ def test_digits_without_test_speakers_have_their_own_split(tmp_path: Path) -> No
         ("flac -c -d -s a/b.flac |", ("a/b.flac", None)),
         ("/opt/bin/flac -cds 'a b.flac' |", ("a b.flac", None)),
         ("sph2pipe -f wav -p -c 1 x.sph|", ("x.sph", 0)),
+        ("sph2pipe -f wav -p -c 2 x.sph|", ("x.sph", 1)),
         ("sph2pipe -f wav x.sph | sox - -t wav - speed 1.1 |", None),
         ("flac -c -d -s a.flac b.flac |", None),
         ("flac -c -d -s --output-name=/etc/passwd a.flac |", None),
@@ -335,10 +336,11 @@ def test_librispeech_is_fetched_when_that_is_asked_for(tmp_path: Path, monkeypat
     def fetch(root: str, url: str, download: bool) -> None:
         """What torchaudio's class does."""
         assert download
+        assert not (Path(root) / "LibriSpeech").exists(), "half of an archive may lie there"
         asked.append(url)
         if asked.count("dev-clean") == 1:
+            (Path(root) / "LibriSpeech" / url).mkdir(parents=True)
             raise RuntimeError("The computed hash does not match the expected hash")
-        assert not (Path(root) / "LibriSpeech").exists(), "half of an archive may lie there"
         shutil.copytree(tmp_path / "server/LibriSpeech" / url, Path(root) / "LibriSpeech" / url)
 
     monkeypatch.setattr(torchaudio.datasets, "LIBRISPEECH", fetch)
