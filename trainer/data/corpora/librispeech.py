@@ -5,6 +5,7 @@ and others of another layout are not read.
 """
 
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Literal
 
@@ -104,7 +105,7 @@ def download(root: Path, subset: str) -> None:
         LIBRISPEECH(str(partial), url=subset, download=True)
         (root / "LibriSpeech").mkdir(exist_ok=True)
         (partial / "LibriSpeech" / subset).replace(root / "LibriSpeech" / subset)
-    except (OSError, RuntimeError, EOFError) as error:  # RuntimeError: the checksum; EOFError: an archive cut short
+    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:  # RuntimeError: the checksum
         raise UserError(
             f"data.corpus.download: {subset} cannot be fetched: {error}\nFetch "
             f"https://www.openslr.org/resources/12/{subset}.tar.gz by hand, unpack it into {show(root)}/, and run the "
