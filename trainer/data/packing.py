@@ -80,7 +80,8 @@ class Task:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that the shard is made from."""
-        bands = feature_settings(self.features) if self.counted else self.features.kind
+        used = self.counted or self.member == "npy"  # a matrix must have the width that the settings say
+        bands = feature_settings(self.features) if used else None
         rows = [[s.utterance.key, s.text, s.label_length, s.ctc_frames, *_describe(s.utterance)] for s in self.samples]
         text = json.dumps([FORMAT, self.sample_rate_hz, bands, rows])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -79,7 +79,7 @@ class DigitsConfig(Config):
         if unknown := [speaker for speaker in self.test_speakers if speaker not in speakers]:
             named = ", ".join(sorted(speakers))
             raise UserError(
-                f"data.corpus.test_speakers: {', '.join(unknown)}: {show(place)} has {named}; name of these"
+                f"data.corpus.test_speakers: {', '.join(unknown)}: {show(place)} has {named}; name one of these"
             )
         for split in SPLITS:
             for speaker in sorted(speakers):
