@@ -1,4 +1,4 @@
-"""Speech recognition with CTC: log-mel features, convolutional subsampling, a recurrent stack, characters.
+"""Speech recognition with CTC: features, convolutional subsampling, a recurrent stack; characters, phones or subwords.
 
 Source: Graves et al. 2006 (CTC); the shape of the model follows Amodei et al. 2016 (Deep Speech 2), arXiv:1512.02595.
 """
@@ -17,8 +17,8 @@ from trainer.config import Config
 from trainer.data.audio import SpecAugment
 from trainer.data.dataset import Batch
 from trainer.data.prepare import prepare
-from trainer.data.speech import Prepared, SpeechDataConfig, SpeechDataset, build_log_mel
-from trainer.data.text import BLANK, Characters
+from trainer.data.speech import Prepared, SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens
+from trainer.data.text import BLANK, PhonesConfig, Tokens
 from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
 from trainer.models.normalization import KeyedDropout
@@ -45,7 +45,7 @@ class SpeechRunConfig(RunConfig):
 
 
 class SpeechModel(nn.Module):
-    """Features or waveforms to log-probabilities of characters.
+    """Features or waveforms to log-probabilities of tokens.
 
     Shape:
         audio: (B, T, F) features, or (B, N) waveforms if the features are computed here; lengths: (B,) of it;
@@ -58,7 +58,7 @@ class SpeechModel(nn.Module):
     def __init__(self, config: SpeechRunConfig) -> None:
         super().__init__()
         prepared = Prepared.load(config.data.path)
-        num_classes = len(config.data.text.alphabet or prepared.alphabet) + 1  # and the blank
+        num_classes = len(build_tokens(config.data, prepared))
         self.features_here = config.data.features.where == "model"
         # Part of the model wherever it runs: the statistics travel with the weights.
         self.log_mel = build_log_mel(config.data, prepared)
@@ -90,18 +90,22 @@ class SpeechModel(nn.Module):
 
 
 class Speech(Recipe[SpeechRunConfig]):
-    """Characters from audio; the best checkpoint is that of the lowest character error rate."""
+    """Text or phones from audio; the best checkpoint is that of the lowest character or phone error rate."""
 
     monitor = "cer"
+
+    def __init__(self, config: SpeechRunConfig) -> None:
+        super().__init__(config)
+        if config.data.text.phones:
+            self.monitor = "per"
 
     def prepare(self) -> None:
         prepare(self.config.data)
 
     @cached_property
-    def characters(self) -> Characters:
+    def tokens(self) -> Tokens:
         """Labels of the output layer."""
-        data = self.config.data
-        return Characters(data.text.alphabet or Prepared.load(data.path).alphabet)
+        return build_tokens(self.config.data, Prepared.load(self.config.data.path))
 
     def build_model(self) -> SpeechModel:
         return SpeechModel(self.config)
@@ -115,7 +119,7 @@ class Speech(Recipe[SpeechRunConfig]):
         return {
             "recurrence": f"{len(layers)} x {rnn.structure.kind} {rnn.cell.kind} of {rnn.hidden_size} units",
             "recurrent weights": f"{weights:,}; {adds:,} multiply-adds a step",
-            "output": f"{len(self.characters)} classes, a frame each {step_ms:g} ms",
+            "output": f"{len(self.tokens)} classes ({self.config.data.text.tokens.kind}), a frame each {step_ms:g} ms",
         }
 
     def num_output_frames(self, frames: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -138,21 +142,30 @@ class Speech(Recipe[SpeechRunConfig]):
         return output
 
     def _score(self, output: StepOutput, batch: Batch, log_probs: Tensor, lengths: Tensor) -> None:
-        references = transcripts(batch, self.characters)
-        for b, text in enumerate(greedy(log_probs, lengths, self.characters)):
+        """Phone error rate where the tokens are phones, else character and word error rates."""
+        kind = self.config.data.text.tokens
+        references = transcripts(batch, self.tokens)
+        for b, text in enumerate(greedy(log_probs, lengths, self.tokens)):
             if not batch["valid"][b]:
                 continue
             reference = references[b]
-            by_character = edits(list(reference), list(text))
-            add(output.metrics, by_character.metrics("cer"))
-            add(output.metrics, edits(reference.split(), text.split()).metrics("wer"))
+            if isinstance(kind, PhonesConfig):
+                wanted, got = kind.scored(reference), kind.scored(text)
+                errors = edits(wanted, got)
+                add(output.metrics, errors.metrics("per"))
+                reference, text = " ".join(wanted), " ".join(got)
+            else:
+                errors = edits(list(reference), list(text))
+                add(output.metrics, errors.metrics("cer"))
+                add(output.metrics, edits(reference.split(), text.split()).metrics("wer"))
             add(output.metrics, {"sentence_errors": Mean(float(reference != text), 1.0)})
             output.rows.append(
                 Row(
                     batch["keys"][b],
-                    by_character.total,
-                    by_character.length,
+                    errors.total,
+                    errors.length,
                     {"reference": reference, "hypothesis": text},
+                    aligned_by="word" if isinstance(kind, PhonesConfig) else "character",
                 )
             )
 
@@ -170,7 +183,7 @@ def ctc(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch["valid"], nats, 0.0).sum()
 
 
-def greedy(log_probs: Tensor, lengths: Tensor, characters: Characters) -> list[str]:
+def greedy(log_probs: Tensor, lengths: Tensor, tokens: Tokens) -> list[str]:
     """Best path of CTC: the likeliest label of each frame, repeats merged, blanks dropped.
 
     Shape:
@@ -179,14 +192,14 @@ def greedy(log_probs: Tensor, lengths: Tensor, characters: Characters) -> list[s
     texts = []
     for path, n in zip(log_probs.argmax(-1).cpu(), lengths.tolist(), strict=True):
         labels = torch.unique_consecutive(path[:n]).tolist()
-        texts.append(characters.decode(labels))
+        texts.append(tokens.decode(labels))
     return texts
 
 
-def transcripts(batch: Batch, characters: Characters) -> list[str]:
+def transcripts(batch: Batch, tokens: Tokens) -> list[str]:
     """The reference text of each place of a batch."""
     labels = batch["labels"].cpu().split(batch["label_lengths"].tolist())
-    return [characters.decode(row.tolist()) for row in labels]
+    return [tokens.decode(row.tolist()) for row in labels]
 
 
 recipe = Speech

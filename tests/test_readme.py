@@ -76,3 +76,19 @@ def test_links_of_the_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_corpus_is_in_the_table_and_its_command_loads() -> None:
+    import typing
+
+    from trainer import recipe
+    from trainer.data.corpora import CorpusConfig
+
+    text = (PROJECT / "docs" / "corpora.md").read_text(encoding="utf-8")
+    kinds = {member.model_fields["kind"].default for member in typing.get_args(typing.get_args(CorpusConfig)[0])}
+    assert set(re.findall(r"^\| [^|]* \| `(\w+)` \|", text, re.M)) - {"data.corpus.kind"} == kinds
+    commands = re.findall(r"`prepare (speech/\w+)([^`]*)`", text)
+    assert len(commands) == 9
+    for config, arguments in commands:
+        loaded = recipe.load(config, arguments.split()).config
+        assert f"| `{loaded.data.corpus.kind}` |" in text

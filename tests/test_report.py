@@ -173,6 +173,10 @@ def test_an_alignment_shows_each_kind_of_error() -> None:
     )
     assert report.aligned("", "") == ""
     assert report.aligned("x" * 50, "x" * 50).count("<span>") == 3  # a word that is too long for a phone is broken
+    assert report.aligned("sil aa b", "sil b b", by="word") == (
+        "<span><i>sil</i><i>sil</i><b></b></span> <span><i><em>aa</em></i><i><em>b</em></i><b>S</b></span> "
+        "<span><i>b</i><i>b</i><b></b></span> "
+    )
 
 
 def test_sound_falls_back_where_mp3_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:

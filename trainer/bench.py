@@ -195,6 +195,8 @@ def bench_loader(config: str, overrides: list[str], ranks: Ranks, repetitions: i
     """
     recipe = recipes.load(config, overrides)
     dataset: Any = recipe.build_dataset("train")
+    if dataset.config.features.kind != "log_mel":
+        raise UserError(f"{config}: bench loader decodes sound, and the features of this corpus are precomputed")
     steps = dataset.plan.epoch(0)[:num_steps]
     hours = sum(s.counts["seconds"] for s in steps) / 3600
     size = dataset.plan.micro_batches_per_step

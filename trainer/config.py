@@ -52,7 +52,11 @@ class Source:
         Another `kind` drops what lower layers (files, as against arguments) have set beside it: the keys of the other
         class mean nothing.
         """
-        *parents, last = dotted.split(".")
+        self._set(dotted.split("."), value, origin)
+
+    def _set(self, parts: list[str], value: Any, origin: str) -> None:
+        *parents, last = parts
+        dotted = ".".join(parts)
         node = self.values
         for i, part in enumerate(parents):
             if not isinstance(node.get(part), dict):
@@ -64,7 +68,7 @@ class Source:
                 node[last] = {}
                 self.origins[dotted] = origin
             for name in sorted(value, key=lambda name: name != "kind"):  # the kind first: it drops what was there
-                self.set(f"{dotted}.{name}", value[name], origin)
+                self._set([*parts, str(name)], value[name], origin)  # a dot in a name is part of it
             return
         if last == "kind" and node.get(last) not in (None, value):
             parent = ".".join(parents)

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Row:
     errors: float
     length: float
     columns: dict[str, str]
+    aligned_by: Literal["character", "word"] = "character"
+    """What is put under what, where the columns are a reference and a hypothesis."""
 
     @property
     def rate(self) -> float:
@@ -116,7 +118,7 @@ class Recipe(Generic[C]):
         monitor: the metric or loss of the validation by which the best checkpoint is chosen; lower is better.
     """
 
-    monitor: ClassVar[str]
+    monitor: str
 
     def __init__(self, config: C) -> None:
         self.config = config

@@ -95,12 +95,16 @@ def sound(media: Media) -> str:
     return ""
 
 
-def aligned(reference: str, hypothesis: str, width: int = 24) -> str:
+def aligned(reference: str, hypothesis: str, by: str = "character", width: int = 24) -> str:
     """Reference over hypothesis, character under character, and a third line that names each error: I, D or S.
 
     Args:
+        by: "word" puts word under word, or whatever else has spaces between.
         width: columns after which a line may break even inside a word.
     """
+    if by == "word":
+        pairs = align(reference.split(), hypothesis.split())
+        return "".join(f"<span>{_chunk([pair])}</span> " for pair in pairs)
     chunks: list[list[tuple[str, str]]] = [[]]
     for pair in align(list(reference), list(hypothesis)):
         chunks[-1].append(pair)
@@ -339,7 +343,7 @@ def _sample(row: dict[str, Any], media: Media | str | None, path: Path) -> str:
     columns = dict(row["columns"])
     cells = [f"<p><b>{_rate(row):.0%}</b> <span class=key>{escape(row['key'])}</span></p>"]
     if "reference" in columns and "hypothesis" in columns:
-        both = aligned(columns.pop("reference"), columns.pop("hypothesis"))
+        both = aligned(columns.pop("reference"), columns.pop("hypothesis"), row.get("aligned_by", "character"))
         cells.append(f"<div class=aligned>{both}</div>")
     cells += [f"<p><small>{escape(name)}</small> {escape(text)}</p>" for name, text in columns.items()]
     if isinstance(media, str):

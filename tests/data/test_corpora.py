@@ -95,7 +95,13 @@ def test_festvox_without_apt_says_what_to_fetch(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError) as caught:
         FestvoxRuConfig().utterances(tmp_path / "data", no_progress)
-    for part in ("no apt-get", "festvox-ru_0.5+dfsg-6_all.deb", festvox_ru.SHA256, "data/raw", "run the command again"):
+    for part in (
+        "no apt-get",
+        "festvox-ru_0.5+dfsg-6_all.deb",
+        festvox_ru.PACKAGE.sha256,
+        "data/raw",
+        "run the command again",
+    ):
         assert part in str(caught.value)
 
     make_voice(tmp_path / "data/raw/festvox-ru")  # what it told us to do
@@ -167,7 +173,9 @@ BAD_LINES = {
     "empty text": ('{"audio": "clips/a.wav", "key": "K", "text": " "}', "key K: text = ' ': is empty; write"),
     "no file": ('{"audio": "clips/z.wav", "text": "a"}', "key clips_z: audio = 'clips/z.wav': there is no such file"),
     "split": ('{"audio": "clips/a.wav", "text": "a", "split": "dev"}', "split = 'dev': wanted one of train, valid"),
-    "offset": ('{"audio": "clips/a.wav", "text": "a", "offset": 1.5}', "offset = 1.5: parts of longer recordings"),
+    "offset": ('{"audio": "clips/a.wav", "text": "a", "offset": -1.5}', "offset = -1.5: wanted seconds"),
+    "duration": ('{"audio": "clips/a.wav", "text": "a", "offset": 0, "duration": 0}', "duration = 0: wanted seconds"),
+    "time": ('{"audio": "clips/a.wav", "text": "a", "offset": "1:20"}', "offset = '1:20': wanted seconds"),
     "number": ('{"audio": "clips/a.wav", "text": 5, "key": "K"}', "key K: text = 5: is not text; write it in quotes"),
     "list": ('{"audio": "clips/a.wav", "text": ["a"], "key": "K"}', "text = ['a']: is not text"),
     "false": ('{"audio": "clips/a.wav", "text": false, "key": "K"}', "text = False: is not text"),

@@ -210,7 +210,7 @@ def test_all_that_is_bad_is_named_at_once(tmp_path: Path, rows: list[dict[str, A
         with pytest.raises(UserError) as caught:
             prepare(config, processes=processes)
         lines = str(caught.value).splitlines()
-        assert len(lines) == 6, lines
+        assert len(lines) == 7, lines
         for line, parts in zip(
             lines,
             [
@@ -219,6 +219,7 @@ def test_all_that_is_bad_is_named_at_once(tmp_path: Path, rows: list[dict[str, A
                 ("line 11: key 10", "text = 'Call жq'", "holds 'q' 'ж'", "data.text.unknown to space or drop"),
                 ("line 5: key 4", "4.wav", "no samples", "replace the file"),
                 ("line 6: key 5", "5.wav", "not audio", "replace the file"),
+                ("outside the alphabet (an error): 'ж' 1 in 1 utterances, 'q' 1 in 1 utterances",),
                 ("are kept", "run the command again"),
             ],
             strict=True,

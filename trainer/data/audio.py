@@ -29,15 +29,24 @@ MIN_SAMPLE_RATE_HZ = 1000
 class FeaturesConfig(Config):
     """Log-mel energies, normalised by the mean and deviation of each band over the training corpus."""
 
+    kind: Literal["log_mel", "precomputed"] = "log_mel"
+    """Computed from sound; or matrices that the corpus brings, such as cepstra, with `num_bands` columns and a row each
+    `hop_ms`."""
     num_bands: PositiveInt = 80
     """F, mel bands from 20 Hz to half the sample rate."""
     window_ms: float = Field(25.0, ge=1, le=1000)
-    """Hann window."""
+    """Hann window; of log-mel energies only."""
     hop_ms: float = Field(10.0, ge=1, le=1000)
     where: Literal["worker", "model"] = "worker"
     """Computed clip by clip in the loader (best on a CPU) or as the model's first layer (best on a GPU)."""
 
-    def build(self, sample_rate_hz: int) -> "LogMel":
+    def rate_hz(self, sample_rate_hz: int) -> int:
+        """Values a second of what a shard holds: samples, or rows of a matrix."""
+        return sample_rate_hz if self.kind == "log_mel" else round(1000 / self.hop_ms)
+
+    def build(self, sample_rate_hz: int) -> "LogMel | Precomputed":
+        if self.kind == "precomputed":
+            return Precomputed(self.num_bands)
         if sample_rate_hz < MIN_SAMPLE_RATE_HZ:
             raise UserError(f"data.sample_rate_hz = {sample_rate_hz}: wanted {MIN_SAMPLE_RATE_HZ} or more")
         return LogMel(self, sample_rate_hz)
@@ -61,6 +70,7 @@ class LogMel(nn.Module):
 
     def __init__(self, config: FeaturesConfig, sample_rate_hz: int) -> None:
         super().__init__()
+        self.sample_rate_hz = sample_rate_hz
         self.hop = round(sample_rate_hz * config.hop_ms / 1000)
         window = round(sample_rate_hz * config.window_ms / 1000)
         self.n_fft = 2 ** math.ceil(math.log2(window))
@@ -70,6 +80,14 @@ class LogMel(nn.Module):
         )
         self.register_buffer("mean", torch.zeros(config.num_bands))
         self.register_buffer("deviation", torch.ones(config.num_bands))
+
+    def decode(self, content: bytes) -> NDArray[np.float32]:
+        """Samples (N,) of a member of a shard; see `decode`."""
+        return decode(content, self.sample_rate_hz)
+
+    def silence(self) -> Tensor:
+        """The shortest clip, of one frame: (N,)."""
+        return torch.zeros(self.n_fft)
 
     def num_frames(self, num_samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """T of clips of N samples."""
@@ -97,6 +115,52 @@ class LogMel(nn.Module):
             for b, n in enumerate(lengths.tolist()):  # clip by clip stays in the cache
                 x[b, : int(frames[b])] = self.normalise(self.energies(waveforms[b, :n].float()))
             return x, frames
+
+
+class Precomputed(nn.Module):
+    """Feature matrices, normalised as log-mel energies are; answers what `LogMel` does, with rows in place of samples.
+
+    Args:
+        num_bands: F, columns of every matrix.
+
+    Shape:
+        matrices: (B, T, F); lengths: (B,) rows -> (B, T, F) with zeros past each length, and the same lengths
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, num_bands: int) -> None:
+        super().__init__()
+        self.num_bands = num_bands
+        self.register_buffer("mean", torch.zeros(num_bands))
+        self.register_buffer("deviation", torch.ones(num_bands))
+
+    def decode(self, content: bytes) -> NDArray[np.float32]:
+        """The matrix (T, F) of a member of a shard; see `decode_matrix`."""
+        return decode_matrix(content, self.num_bands)
+
+    def silence(self) -> Tensor:
+        """The shortest matrix: (1, F)."""
+        return torch.zeros(1, self.num_bands)
+
+    def num_frames(self, num_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """T of matrices of so many rows."""
+        return num_rows
+
+    def energies(self, matrix: Tensor) -> Tensor:
+        """The features before normalisation: (..., T, F) as they are."""
+        return matrix
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """Zero mean and unit deviation over the corpus: (..., T, F) -> (..., T, F)."""
+        return (features - self.mean) / self.deviation
+
+    @torch.no_grad()
+    def forward(self, matrices: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(matrices.device.type, enabled=False):
+            valid = torch.arange(matrices.shape[1], device=matrices.device) < lengths[:, None]
+            return self.normalise(matrices.float()) * valid[..., None], lengths
 
 
 class AugmentConfig(Config):
@@ -194,3 +258,24 @@ def decode(content: bytes, sample_rate_hz: int) -> NDArray[np.float32]:
     if not np.isfinite(samples).all():
         raise AudioError("NaN or infinite samples")
     return samples
+
+
+def decode_matrix(content: bytes, num_bands: int) -> NDArray[np.float32]:
+    """The matrix (T, F) in the bytes of a .npy file.
+
+    Raises:
+        AudioError: it is none, of other numbers or another width, without rows, or holds NaN.
+    """
+    try:
+        matrix = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError) as error:  # SyntaxError: of a damaged header
+        raise AudioError(f"not a matrix: {error}") from error
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "fiu":
+        raise AudioError("not a matrix of numbers")
+    if matrix.shape[1] != num_bands:
+        raise AudioError(f"{matrix.shape[1]} columns, wanted {num_bands} (data.features.num_bands)")
+    if not len(matrix):
+        raise AudioError("no rows")
+    if not np.isfinite(matrix).all():
+        raise AudioError("NaN or infinite values")
+    return matrix.astype(np.float32, copy=False)

@@ -21,17 +21,19 @@ from numpy.typing import NDArray
 from webdataset import TarWriter
 
 from trainer.config import show
-from trainer.data.audio import AudioError, FeaturesConfig, LogMel
+from trainer.data.audio import AudioError, FeaturesConfig, LogMel, Precomputed
 from trainer.data.corpora.base import SplitName, Utterance
 from trainer.data.index import Entry, index_path, write_index
-from trainer.data.text import ctc_frames
+from trainer.data.matrices import ENDINGS, read_matrix
 from trainer.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Of the shards and the notes about them: another number makes all of them anew."""
 NOTES = ".prepare"
 UNKNOWN_BYTES = 0x7FFFF000
 """From this size on a WAV header says that its writer, a pipe, did not know it."""
+MAX_OVERSHOOT_SECONDS = 0.5
+"""A part of a recording may end so long after it: the times in manifests are rounded."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Sample:
 
     utterance: Utterance
     text: str
+    label_length: int
+    ctc_frames: int
+    """Output frames that CTC needs at least."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,18 @@ class Task:
     number: int
     samples: tuple[Sample, ...]
     sample_rate_hz: int
-    features: FeaturesConfig | None
-    """For the training split: the features to take the statistics of."""
+    """Of precomputed features: rows a second."""
+    features: FeaturesConfig
+
+    @property
+    def counted(self) -> bool:
+        """Whether the band statistics are over this shard."""
+        return self.split == "train"
+
+    @property
+    def member(self) -> str:
+        """Ending of what a shard holds of a recording."""
+        return "flac" if self.features.kind == "log_mel" else "npy"
 
     @property
     def shard(self) -> Path:
@@ -65,8 +80,9 @@ class Task:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that the shard is made from."""
-        bands = feature_settings(self.features) if self.features else None
-        rows = [[s.utterance.key, s.text, s.utterance.text, _describe(s.utterance)] for s in self.samples]
+        used = self.counted or self.member == "npy"  # a matrix must have the width that the settings say
+        bands = feature_settings(self.features) if used else None
+        rows = [[s.utterance.key, s.text, s.label_length, s.ctc_frames, *_describe(s.utterance)] for s in self.samples]
         text = json.dumps([FORMAT, self.sample_rate_hz, bands, rows])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -88,18 +104,19 @@ class Note:
 
 def feature_settings(features: FeaturesConfig) -> dict[str, Any]:
     """The settings that the band statistics depend on."""
-    return {name: getattr(features, name) for name in ("num_bands", "window_ms", "hop_ms")}
+    return {name: getattr(features, name) for name in ("kind", "num_bands", "window_ms", "hop_ms")}
 
 
 def _describe(utterance: Utterance) -> list[Any]:
-    """What the samples of an utterance depend on; a file that is gone is found out when it is read."""
+    """What the members of an utterance depend on; a file that is gone is found out when it is read."""
+    facts = [utterance.text, utterance.speaker, utterance.start_seconds, utterance.end_seconds, utterance.channel]
     if not isinstance(utterance.audio, Path):
-        return [repr(utterance.audio)]
+        return [*facts, repr(utterance.audio)]
     try:
         status = utterance.audio.stat()
     except OSError:
-        return [str(utterance.audio)]
-    return [str(utterance.audio), status.st_size, status.st_mtime_ns]
+        return [*facts, str(utterance.audio)]
+    return [*facts, str(utterance.audio), status.st_size, status.st_mtime_ns]
 
 
 def note_path(shard: Path) -> Path:
@@ -130,8 +147,8 @@ def is_done(task: Task) -> bool:
 
 def write_shard(task: Task) -> list[str]:
     """Read, convert and pack the samples of a shard; returns what is wrong with them, and then writes nothing."""
-    log_mel = _log_mel(task.features, task.sample_rate_hz) if task.features else None
-    num_bands = log_mel.num_bands if log_mel else 0
+    features = _features(task.features, task.sample_rate_hz)
+    num_bands = features.num_bands if task.counted else 0
     frames, sums, squares = 0, np.zeros(num_bands), np.zeros(num_bands)
     lengths: list[int] = []
     problems: list[str] = []
@@ -143,15 +160,20 @@ def write_shard(task: Task) -> list[str]:
             with TarWriter(stream, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT") as tar:
                 for sample in task.samples:
                     try:
-                        wave = read_audio(sample.utterance, task.sample_rate_hz)
+                        if task.member == "npy":
+                            signal = read_features(sample.utterance, task.features.num_bands)
+                            packed, wave = _npy(signal), signal
+                        else:
+                            pcm = read_audio(sample.utterance, task.sample_rate_hz)
+                            packed, wave = _flac(pcm, task.sample_rate_hz), pcm.astype(np.float32) / np.float32(32768)
                     except AudioError as error:
                         problems.append(str(error))
                         continue
                     lengths.append(len(wave))
-                    tar.write(_members(sample, wave, task.sample_rate_hz))
-                    if log_mel is not None:
+                    tar.write(_members(sample, task, packed, len(wave)))
+                    if task.counted:
                         with torch.inference_mode():
-                            bands = log_mel.energies(torch.from_numpy(wave.astype(np.float32) / 32768)).double()
+                            bands = features.energies(torch.from_numpy(wave)).double()
                         frames += len(bands)
                         sums += bands.sum(0).numpy()
                         squares += bands.square().sum(0).numpy()
@@ -159,7 +181,7 @@ def write_shard(task: Task) -> list[str]:
             os.fsync(stream.fileno())
         if problems:
             return problems
-        entries = _entries(temporary, task.samples, lengths)
+        entries = _entries(temporary, task, lengths)
         # The index goes first and comes last: whatever happens in between, the shard does not count as done.
         task.shard.parent.mkdir(exist_ok=True)
         index_path(task.shard).unlink(missing_ok=True)
@@ -184,20 +206,14 @@ def read_audio(utterance: Utterance, sample_rate_hz: int) -> NDArray[np.int16]:
     Raises:
         AudioError: it cannot be used; the text names the place, the key, the value and the cure.
     """
-    audio = utterance.audio
-    named = f"{utterance.where}: key {utterance.key}: audio = {show(audio) if isinstance(audio, Path) else audio}"
-    cure = "replace the file or remove the line"
+    audio, named, cure = utterance.audio, _named(utterance), "replace the file or remove the line"
+    if isinstance(audio, Path) and audio.suffix.lower() in ENDINGS:
+        raise AudioError(f"{named}: is a feature matrix, not sound; set data.features.kind to precomputed")
     try:
-        if isinstance(audio, Path):
-            with soundfile.SoundFile(audio) as file:
-                channels, rate = file.read(dtype="float32", always_2d=True), file.samplerate
-                missing = _missing(file, len(channels))
-            if missing:
-                raise AudioError(f"{named}: ends early, {missing}; {cure}")
-            wave = channels.mean(axis=1) if channels.shape[1] > 1 else channels[:, 0]
-        else:
-            wave, rate = audio()
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
+        wave, rate = _read_file(utterance, audio) if isinstance(audio, Path) else audio()
+    except AudioError as error:
+        raise AudioError(f"{named}: {error}; {cure}") from error
+    except (soundfile.SoundFileError, TypeError, OSError) as error:  # TypeError: a name that ends in .raw
         if isinstance(audio, Path) and not os.access(audio, os.R_OK):
             raise AudioError(f"{named}: is missing or may not be read; {cure}") from error
         reason = str(error).rpartition(": ")[2].strip(" .")
@@ -212,14 +228,63 @@ def read_audio(utterance: Utterance, sample_rate_hz: int) -> NDArray[np.int16]:
     return clipped
 
 
-def _missing(file: soundfile.SoundFile, num_read: int) -> str:
+def _named(utterance: Utterance) -> str:
+    audio = utterance.audio
+    return f"{utterance.where}: key {utterance.key}: audio = {show(audio) if isinstance(audio, Path) else audio}"
+
+
+def _read_file(utterance: Utterance, path: Path) -> tuple[NDArray[np.float32], int]:
+    """Samples (N,) of an utterance's part and channel of a file, and their rate.
+
+    Raises:
+        AudioError: the file is cut short, or has no such part or channel.
+    """
+    with soundfile.SoundFile(path) as file:
+        rate, whole = file.samplerate, file.frames
+        start = round(utterance.start_seconds * rate)
+        stop = whole if utterance.end_seconds is None else round(utterance.end_seconds * rate)
+        if start >= whole > 0 or stop > whole + MAX_OVERSHOOT_SECONDS * rate:
+            raise AudioError(f"has {whole / rate:.3f} s, and the part ends at {stop / rate:.3f} s")
+        stop = min(stop, whole)
+        if start:
+            file.seek(start)
+        channels = file.read(stop - start if utterance.end_seconds is not None else -1, "float32", always_2d=True)
+        if missing := _missing(file, len(channels), stop - start):
+            raise AudioError(f"ends early, {missing}")
+    if utterance.channel is not None:
+        if utterance.channel >= channels.shape[1]:
+            raise AudioError(f"has {channels.shape[1]} channels, and number {utterance.channel} (from 0) is wanted")
+        return channels[:, utterance.channel], rate
+    return (channels.mean(axis=1) if channels.shape[1] > 1 else channels[:, 0]), rate
+
+
+def read_features(utterance: Utterance, num_bands: int) -> NDArray[np.float32]:
+    """The precomputed features (T, F) of an utterance.
+
+    Raises:
+        AudioError: they cannot be used; the text names the place, the key, the value and the cure.
+    """
+    named, cure = _named(utterance), "replace the file or remove the line"
+    if not isinstance(utterance.audio, Path):
+        raise AudioError(f"{named}: is made sound, no feature matrix; set data.features.kind to log_mel")
+    if utterance.start_seconds or utterance.end_seconds is not None or utterance.channel is not None:
+        raise AudioError(f"{named}: parts and channels of a feature matrix are not read; write one file an utterance")
+    try:
+        return read_matrix(utterance.audio, num_bands)
+    except AudioError as error:
+        raise AudioError(f"{named}: {error}; {cure}") from error
+    except OSError as error:
+        raise AudioError(f"{named}: cannot be read: {error.strerror}; {cure}") from error
+
+
+def _missing(file: soundfile.SoundFile, num_read: int, num_wanted: int) -> str:
     """What a file that was cut short lacks, or nothing."""
     # Of WAV, AIFF and AU, libsndfile corrects the length by the size of the file, and says so here.
     found = re.search(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.M)
     if found and int(found[2]) < int(found[1]) < UNKNOWN_BYTES:
         return f"with {int(found[2]):,} of the {int(found[1]):,} bytes of sound that its header names"
-    if num_read < 0.99 * file.frames:  # of some MP3 the length is an estimate
-        return f"with {num_read:,} of the {file.frames:,} samples that its header names"
+    if num_read < 0.99 * num_wanted:  # of some MP3 the length is an estimate
+        return f"with {num_read:,} of the {num_wanted:,} samples that its header names"
     return ""
 
 
@@ -230,23 +295,28 @@ def _resampler(rate: int, sample_rate_hz: int) -> Callable[[torch.Tensor], torch
 
 
 @lru_cache(maxsize=2)
-def _log_mel(features: FeaturesConfig, sample_rate_hz: int) -> LogMel:
+def _features(features: FeaturesConfig, sample_rate_hz: int) -> LogMel | Precomputed:
     return features.build(sample_rate_hz)
 
 
-def _members(sample: Sample, wave: NDArray[np.int16], sample_rate_hz: int) -> dict[str, Any]:
+def _members(sample: Sample, task: Task, packed: bytes, length: int) -> dict[str, Any]:
     """A sample as webdataset writes it."""
     utterance = sample.utterance
     about = {
         "key": utterance.key,
         "text": utterance.text,
         "source": utterance.audio.name if isinstance(utterance.audio, Path) else utterance.where,
-        "seconds": len(wave) / sample_rate_hz,
-        "sample_rate_hz": sample_rate_hz,
+        "seconds": length / task.sample_rate_hz,
+        "sample_rate_hz" if task.member == "flac" else "rows_a_second": task.sample_rate_hz,
+        "speaker": utterance.speaker,
+        "start_seconds": utterance.start_seconds or None,
+        "end_seconds": utterance.end_seconds,
+        "channel": utterance.channel,
     }
+    about = {name: value for name, value in about.items() if value is not None}
     return {
         "__key__": utterance.key,
-        "flac": _flac(wave, sample_rate_hz),
+        task.member: packed,
         "txt": sample.text.encode(),
         "json": json.dumps(about, ensure_ascii=False).encode(),
     }
@@ -258,14 +328,20 @@ def _flac(wave: NDArray[np.int16], sample_rate_hz: int) -> bytes:
     return stream.getvalue()
 
 
-def _entries(shard: Path, samples: tuple[Sample, ...], lengths: list[int]) -> list[Entry]:
+def _npy(matrix: NDArray[np.float32]) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, matrix, allow_pickle=False)
+    return stream.getvalue()
+
+
+def _entries(shard: Path, task: Task, lengths: list[int]) -> list[Entry]:
     """The index of a finished tar, read from the tar itself."""
     with tarfile.open(shard) as tar:
         members = {member.name: member for member in tar}
     entries = []
     with shard.open("rb") as file:
-        for sample, length in zip(samples, lengths, strict=True):
-            audio, text = (members[f"{sample.utterance.key}.{ending}"] for ending in ("flac", "txt"))
+        for sample, length in zip(task.samples, lengths, strict=True):
+            audio, text = (members[f"{sample.utterance.key}.{ending}"] for ending in (task.member, "txt"))
             file.seek(audio.offset_data)
             entries.append(
                 Entry(
@@ -276,8 +352,8 @@ def _entries(shard: Path, samples: tuple[Sample, ...], lengths: list[int]) -> li
                     text_offset=text.offset_data,
                     text_size=text.size,
                     num_samples=length,
-                    label_length=len(sample.text),
-                    ctc_frames=ctc_frames(sample.text),
+                    label_length=sample.label_length,
+                    ctc_frames=sample.ctc_frames,
                 )
             )
     return entries

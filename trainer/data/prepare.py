@@ -1,22 +1,27 @@
 """Raw corpus to shards: reads every recording once, in parallel, and can be stopped and started at any time.
 
-What it leaves in `data.path`: train/ valid/ test/ with `shard-000000.tar` (webdataset's KEY.flac KEY.json KEY.txt) and
-an index beside each, `corpus.json`, written last, and `.prepare/` with a note a shard: the fingerprint of what went
+What it leaves in `data.path`: train/ valid/ test/ with `shard-000000.tar` (webdataset's KEY.flac KEY.json KEY.txt, or
+KEY.npy for precomputed features) and an index beside each, `corpus.json`, written last, where labels are subwords their
+vocabulary, and `.prepare/` with a note a shard: the fingerprint of what went
 into it and the sums for the band statistics. A shard whose fingerprint is still that of its inputs is kept. The same
 corpus gives the same bytes, whatever the number of processes.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for_connection
 from pathlib import Path
 from types import FrameType
@@ -28,11 +33,11 @@ import rich.table
 import torch
 
 from trainer.config import plain, show
-from trainer.data.corpora.base import SPLITS, BadLinesError, SplitName, Utterance, listing, split_by_text
+from trainer.data.corpora.base import MAX_SHOWN, SPLITS, BadLinesError, SplitName, Utterance, listing, split_by_text
 from trainer.data.index import index_path
 from trainer.data.packing import NOTES, Note, Sample, Task, feature_settings, is_done, note_path, read_note, write_shard
-from trainer.data.speech import BandStatistics, Prepared, SpeechDataConfig, SplitInfo, write_prepared
-from trainer.data.text import UnknownCharacterError
+from trainer.data.speech import BandStatistics, Prepared, SpeechDataConfig, SplitInfo, label_settings, write_prepared
+from trainer.data.text import SUBWORDS_FILE, SubwordsConfig, ctc_frames
 from trainer.errors import RequeueError, UserError
 from trainer.signals import STOP_SIGNALS
 
@@ -72,10 +77,17 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
             utterances = config.corpus.utterances(root, display)
         except BadLinesError as error:
             utterances, problems = error.usable, error.problems
-        samples, alphabet = _clean(config, utterances, problems)
-        if shared := _shared_texts(samples):
-            console.print(shared, highlight=False, markup=False, soft_wrap=True)
-        tasks = _plan(config, samples, problems)
+        cleaned = _clean(config, utterances, problems)
+        outside = cleaned.outside_line(config)
+        for line in (_shared_texts(cleaned.texts), None if config.text.unknown == "error" else outside):
+            if line:
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _refuse_empty_splits(cleaned, problems)
+        try:
+            vocabulary = _vocabulary(config, cleaned)
+        except UserError as error:
+            raise UserError(listing([*problems, str(error)])) from error
+        tasks = _plan(config, cleaned)
         stale = _stale(root, tasks)
         todo = [task for task in tasks if not is_done(task)]
         if todo or stale:
@@ -86,12 +98,13 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
             problems += _write_all(todo, processes or len(os.sched_getaffinity(0)), display)
         if problems:
             cure = "The shards without these are kept: mend this and run the command again."
-            raise UserError(f"{listing(problems)}\n{cure}")
+            counts = outside if config.text.unknown == "error" else None  # else it was printed
+            raise UserError("\n".join(filter(None, (listing(problems), counts, cure))))
         for shard in stale:
             _remove(shard)
         if stale:
             console.print(f"{len(stale)} shards of an earlier preparation were removed", highlight=False)
-        prepared = _summary(config, alphabet, tasks)
+        prepared = _summary(config, cleaned, vocabulary, tasks)
         if not _is_written(prepared, root):
             write_prepared(prepared, root)
 
@@ -104,52 +117,99 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
 # --- what goes where -------------------------------------------------------------------------------------------------
 
 
-def _clean(
-    config: SpeechDataConfig, utterances: list[Utterance], problems: list[str]
-) -> tuple[dict[SplitName, list[Sample]], str]:
-    """Utterances with usable text by split, and the alphabet; adds what is wrong with the others to `problems`."""
-    samples: dict[SplitName, list[Sample]] = {split: [] for split in SPLITS}
+@dataclass
+class Cleaned:
+    """The utterances that can be used."""
+
+    texts: dict[SplitName, list[tuple[Utterance, str]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    """By split: each with its normalised transcript."""
+    alphabet: str = ""
+    outside: Counter[str] = field(default_factory=Counter)
+    """Occurrences of each character (or phone) outside the alphabet."""
+    utterances_outside: Counter[str] = field(default_factory=Counter)
+    """... and the utterances with it."""
+
+    def outside_line(self, config: SpeechDataConfig) -> str | None:
+        """What was found outside the alphabet, and what becomes of it; None if nothing was."""
+        if not self.outside:
+            return None
+        counts = [
+            f"{c!r} {n:,} in {self.utterances_outside[c]:,} utterances" for c, n in self.outside.most_common(MAX_SHOWN)
+        ]
+        if len(self.outside) > MAX_SHOWN:
+            counts.append(f"and {len(self.outside) - MAX_SHOWN} more")
+        rule = {"error": "an error", "space": "a space instead", "drop": "dropped"}[config.text.unknown]
+        return f"outside the alphabet ({rule}): {', '.join(counts)}"
+
+
+def _clean(config: SpeechDataConfig, utterances: list[Utterance], problems: list[str]) -> Cleaned:
+    """Utterances with usable text; adds what is wrong with the others to `problems`."""
+    cleaned = Cleaned()
     places: dict[str, str] = {}
-    alphabet = config.text.alphabet
+
+    def usable(utterance: Utterance, transcript: str, alphabet: str | None) -> str | None:
+        text, outside = config.text.normalise(transcript, alphabet)
+        cleaned.outside.update(outside)
+        cleaned.utterances_outside.update(outside.keys())
+        if outside and config.text.unknown == "error":
+            problems.append(_outside(utterance, sorted(outside)))
+        elif not text:
+            problems.append(
+                _problem(utterance, "is empty once it is normalised", "write what is said or remove the line")
+            )
+        else:
+            return text
+        return None
+
     for utterance in utterances:
         if places.setdefault(utterance.key, utterance.where) != utterance.where:
             first = places[utterance.key]
             problems.append(f"{utterance.where}: key = {utterance.key!r}: is that of {first} too; rename one")
-            continue
-        try:
-            text = config.text.normalise(utterance.text)
-        except UnknownCharacterError as error:
-            problems.append(_outside(utterance, str(error)))
-            continue
-        if not text:
-            cure = "write what is said or remove the line"
-            problems.append(_problem(utterance, "is empty once it is normalised", cure))
-            continue
-        samples[utterance.split or split_by_text(text)].append(Sample(utterance, text))
+        elif (text := usable(utterance, utterance.text, config.text.alphabet)) is not None:
+            cleaned.texts[utterance.split or split_by_text(text)].append((utterance, text))
 
-    if alphabet is None:
-        alphabet = "".join(sorted({c for sample in samples["train"] for c in sample.text}))
-    for split, group in samples.items():
-        usable = []
-        for sample in group:
-            outside = "".join(sorted(set(sample.text) - set(alphabet)))
-            if outside:
-                problems.append(_outside(sample.utterance, outside))
-            else:
-                usable.append(sample)
-        samples[split] = usable
-    return samples, alphabet
+    if config.text.alphabet is not None:
+        cleaned.alphabet = config.text.alphabet
+        return cleaned
+    cleaned.alphabet = config.text.alphabet_of(text for _, text in cleaned.texts["train"])
+    for split in ("valid", "test"):
+        again = [(u, usable(u, u.text, cleaned.alphabet)) for u, _ in cleaned.texts[split]]
+        cleaned.texts[split] = [(u, text) for u, text in again if text is not None]
+    return cleaned
 
 
-def _shared_texts(samples: dict[SplitName, list[Sample]]) -> str | None:
+def _vocabulary(config: SpeechDataConfig, cleaned: Cleaned) -> str | None:
+    """Learn the subwords of the training transcripts, unless that was done; the SHA-256 of the file.
+
+    Raises:
+        UserError: they cannot be learnt.
+    """
+    if not isinstance(config.text.tokens, SubwordsConfig):
+        return None
+    path, note = config.path / SUBWORDS_FILE, config.path / NOTES / "subwords.json"
+    texts = [text for _, text in cleaned.texts["train"]]
+    made_from = hashlib.sha256(json.dumps([label_settings(config.text), texts]).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if json.loads(note.read_text(encoding="utf-8")) == [made_from, digest]:
+            return digest
+    model = config.text.tokens.train(texts)
+    digest = hashlib.sha256(model).hexdigest()
+    (config.path / "corpus.json").unlink(missing_ok=True)  # until its shards are there again
+    for target, content in ((path, model), (note, json.dumps([made_from, digest]).encode())):
+        temporary = (config.path / NOTES / target.name).with_suffix(".tmp")
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    return digest
+
+
+def _shared_texts(samples: dict[SplitName, list[tuple[Utterance, str]]]) -> str | None:
     """A warning where splits that the corpus gives share sentences: an error rate then tells what was learnt by
     heart."""
-    texts = {split: {sample.text for sample in group} for split, group in samples.items()}
+    texts = {split: {text for _, text in group} for split, group in samples.items()}
     counts = {f"{a} and {b}": len(texts[a] & texts[b]) for a, b in itertools.combinations(SPLITS, 2)}
     shared = ", ".join(f"{number} in {both}" for both, number in counts.items() if number)
-    return (
-        f"warning: splits share texts ({shared}); leave `split` out to have each text in one only" if shared else None
-    )
+    return f"warning: splits share texts ({shared}), so an error rate tells less of new ones" if shared else None
 
 
 def _problem(utterance: Utterance, reason: str, cure: str) -> str:
@@ -157,37 +217,52 @@ def _problem(utterance: Utterance, reason: str, cure: str) -> str:
     return f"{utterance.where}: key {utterance.key}: text = {text!r}: {reason}; {cure}"
 
 
-def _outside(utterance: Utterance, characters: str) -> str:
-    named = " ".join(map(repr, characters))
+def _outside(utterance: Utterance, units: list[str]) -> str:
+    named = " ".join(map(repr, units))
     cure = (
-        "correct or remove the line, or set data.text.alphabet with what you want in it and, for the rest, "
-        "data.text.unknown to space or drop"
+        "correct or remove the line, or set data.text.alphabet with what you want in it, data.text.map for what stands "
+        "for something in it and, for the rest, data.text.unknown to space or drop"
     )
     return _problem(utterance, f"holds {named}, which the alphabet of the training texts has not", cure)
 
 
-def _plan(config: SpeechDataConfig, samples: dict[SplitName, list[Sample]], problems: list[str]) -> list[Task]:
-    """The shards, in the corpus's own order: a corpus that grows at its end keeps its first shards."""
-    empty = [split for split in SPLITS if not samples[split]]
-    if empty and not problems:  # else the split may be empty because of them, and they are told first
-        counts = ", ".join(f"{split} {len(samples[split])}" for split in SPLITS)
-        line = (
+def _refuse_empty_splits(cleaned: Cleaned, problems: list[str]) -> None:
+    """Every split is needed; where lines are unusable the cause may be these, and they are told first.
+
+    Raises:
+        UserError: one is empty, and nothing was wrong; or there is nothing to train on.
+    """
+    empty = [split for split in SPLITS if not cleaned.texts[split]]
+    if empty and not problems:
+        counts = ", ".join(f"{split} {len(cleaned.texts[split])}" for split in SPLITS)
+        raise UserError(
             f"data.corpus: the split {' and '.join(empty)} would be empty ({counts} utterances); add utterances, or "
             "say `split` of each in a manifest"
         )
-        raise UserError(line)
+    if "train" in empty:
+        raise UserError(listing(problems))
+
+
+def _plan(config: SpeechDataConfig, cleaned: Cleaned) -> list[Task]:
+    """The shards, in the corpus's own order: a corpus that grows at its end keeps its first shards."""
+    tokens = config.text.tokens.build(cleaned.alphabet, config.path)
+
+    def sample(utterance: Utterance, text: str) -> Sample:
+        labels = tokens.encode(text)
+        return Sample(utterance, text, len(labels), ctc_frames(labels))
+
     size = config.samples_per_shard
     return [
         Task(
             config.path,
             split,
             number,
-            tuple(samples[split][start : start + size]),
-            config.sample_rate_hz,
-            config.features if split == "train" else None,
+            tuple(sample(*pair) for pair in cleaned.texts[split][start : start + size]),
+            config.rate_hz,
+            config.features,
         )
         for split in SPLITS
-        for number, start in enumerate(range(0, len(samples[split]), size))
+        for number, start in enumerate(range(0, len(cleaned.texts[split]), size))
     ]
 
 
@@ -395,7 +470,7 @@ class _Display:
 # --- what was made ---------------------------------------------------------------------------------------------------
 
 
-def _summary(config: SpeechDataConfig, alphabet: str, tasks: list[Task]) -> Prepared:
+def _summary(config: SpeechDataConfig, cleaned: Cleaned, vocabulary: str | None, tasks: list[Task]) -> Prepared:
     """`corpus.json` from the notes of all shards, added up in their order."""
     notes: dict[SplitName, list[Note]] = {split: [] for split in SPLITS}
     for task in tasks:
@@ -408,12 +483,15 @@ def _summary(config: SpeechDataConfig, alphabet: str, tasks: list[Task]) -> Prep
     deviation = np.sqrt(variance.clip(min=MIN_DEVIATION**2))
     return Prepared(
         corpus=plain(config.corpus)["kind"],
-        sample_rate_hz=config.sample_rate_hz,
-        alphabet=alphabet,
+        sample_rate_hz=config.rate_hz,
+        alphabet=cleaned.alphabet,
+        tokens=label_settings(config.text),
+        subwords_sha256=vocabulary,
+        outside_alphabet=dict(cleaned.outside.most_common()),
         splits={
             split: SplitInfo(
                 samples=sum(note.samples for note in group),
-                hours=sum(note.waveform_samples for note in group) / config.sample_rate_hz / 3600,
+                hours=sum(note.waveform_samples for note in group) / config.rate_hz / 3600,
                 shards=len(group),
             )
             for split, group in notes.items()

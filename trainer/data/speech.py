@@ -1,5 +1,6 @@
 """Transcribed speech: shards of audio and text to padded batches of features and labels."""
 
+import hashlib
 import json
 import os
 import zlib
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor
 
 from trainer import keyed
@@ -21,16 +22,16 @@ from trainer.data.audio import (
     AugmentConfig,
     FeaturesConfig,
     LogMel,
+    Precomputed,
     SpecAugment,
     change_speed,
-    decode,
     stretched,
 )
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import Batch, Fault, Media
 from trainer.data.index import Index
 from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, MicroBatch
-from trainer.data.text import Characters, TextConfig, UnknownCharacterError
+from trainer.data.text import SUBWORDS_FILE, SubwordsConfig, TextConfig, Tokens, UnknownCharacterError
 from trainer.errors import UserError
 
 
@@ -42,11 +43,25 @@ class SpeechDataConfig(Config):
     path: Free[Path] = Path("data/speech")
     """Folder of the prepared shards."""
     sample_rate_hz: PositiveInt = 16000
-    """Audio is resampled to this by `prepare`."""
+    """Audio is resampled to this by `prepare`; not used where the features are precomputed."""
     samples_per_shard: PositiveInt = 64
     text: TextConfig = TextConfig()
     features: FeaturesConfig = FeaturesConfig()
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _only_sound_is_played_faster(self) -> "SpeechDataConfig":
+        if self.features.kind == "precomputed" and self.augment.speeds != (1.0,):
+            raise ValueError(
+                f"augment.speeds = {list(self.augment.speeds)} with features.kind = precomputed: the speed of a "
+                "feature matrix cannot be changed; take [1.0]"
+            )
+        return self
+
+    @property
+    def rate_hz(self) -> int:
+        """Values a second of what a shard holds: samples, or rows of a feature matrix."""
+        return self.features.rate_hz(self.sample_rate_hz)
 
 
 class SplitInfo(BaseModel):
@@ -58,8 +73,9 @@ class SplitInfo(BaseModel):
 
 
 class BandStatistics(BaseModel):
-    """Mean and deviation of each log-mel band over the training split."""
+    """Mean and deviation of each band over the training split, and the features that they are of."""
 
+    kind: str = "log_mel"
     num_bands: int
     window_ms: float
     hop_ms: float
@@ -75,7 +91,14 @@ class Prepared(BaseModel):
     format: int = 1
     corpus: str
     sample_rate_hz: int
+    """Of precomputed features: rows a second."""
     alphabet: str
+    tokens: dict[str, Any] = {"kind": "characters"}
+    """What a label is: the settings that `label_settings` names."""
+    subwords_sha256: str | None = None
+    """Of the vocabulary beside this file, where labels are subwords."""
+    outside_alphabet: dict[str, int] = {}
+    """What transcripts held that is not in the alphabet, and was dropped or became a space: how often each."""
     splits: dict[str, SplitInfo]
     statistics: BandStatistics
 
@@ -125,18 +148,18 @@ class SpeechDataset:
         self.seed = seed
         self.prepared = Prepared.load(config.path)
         self._check(config, self.prepared)
-        self.tokens = Characters(config.text.alphabet or self.prepared.alphabet)
+        self.tokens = build_tokens(config, self.prepared)
         self.log_mel = build_log_mel(config, self.prepared)
         self.training = split == "train"
         self.spec_augment = SpecAugment(config.augment)
-        self.index = Index.load(config.path / split, config.sample_rate_hz)
+        self.index = Index.load(config.path / split, config.rate_hz)
         self._check_size(self.prepared.splits.get(split), len(self.index), len(self.index.shards))
         speeds = config.augment.speeds if self.training else (1.0,)
         num_drawn = len(speeds)
         if 1.0 not in speeds:  # to fall back on, see `Lengths`
             speeds = (*speeds, 1.0)
         num_samples = np.stack(
-            [stretched(self.index.num_samples, np.full(len(self.index), s), config.sample_rate_hz) for s in speeds]
+            [stretched(self.index.num_samples, np.full(len(self.index), s), config.rate_hz) for s in speeds]
         )
         frames = num_output_frames(self.log_mel.num_frames(num_samples))
         self.plan = BucketedPlan(
@@ -146,7 +169,7 @@ class SpeechDataset:
                 sample_keys=self.index.sample_keys,
                 shard=self.index.shard,
                 tokens=self.index.label_length,
-                seconds=num_samples / config.sample_rate_hz,
+                seconds=num_samples / config.rate_hz,
                 feasible=frames >= self.index.ctc_frames,
                 speeds=speeds,
                 num_drawn=num_drawn,
@@ -160,7 +183,9 @@ class SpeechDataset:
     def _check(config: SpeechDataConfig, prepared: Prepared) -> None:
         where = show(config.path / "corpus.json")
         wanted = {
-            "data.sample_rate_hz": (config.sample_rate_hz, prepared.sample_rate_hz),
+            "data.features.kind": (config.features.kind, prepared.statistics.kind),
+            "data.sample_rate_hz": (config.rate_hz, prepared.sample_rate_hz),
+            "data.text.tokens": (label_settings(config.text), prepared.tokens),
             "data.features.num_bands": (config.features.num_bands, prepared.statistics.num_bands),
             "data.features.window_ms": (config.features.window_ms, prepared.statistics.window_ms),
             "data.features.hop_ms": (config.features.hop_ms, prepared.statistics.hop_ms),
@@ -183,7 +208,7 @@ class SpeechDataset:
 
     @property
     def identity(self) -> dict[str, str]:
-        return {"samples": f"{len(self)} of index {self.index.digest}", "alphabet": self.tokens.alphabet}
+        return {"samples": f"{len(self)} of index {self.index.digest}", "alphabet": self.tokens.identity}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -201,7 +226,7 @@ class SpeechDataset:
         return os.pread(self._files[shard], size, offset)
 
     def waveform(self, row: int) -> NDArray[np.float32]:
-        """Samples (N,) of one recording.
+        """Samples (N,) of one recording, or its feature matrix (T, F).
 
         Raises:
             AudioError: it cannot be read; the text is the reason.
@@ -215,7 +240,7 @@ class SpeechDataset:
             raise AudioError(f"the shard ends after {len(content)} of {entry.audio_size} bytes")
         if zlib.crc32(content) != entry.audio_crc32:
             raise AudioError("checksum differs from the index")
-        samples = decode(content, self.config.sample_rate_hz)
+        samples = self.log_mel.decode(content)
         if len(samples) != entry.num_samples:
             raise AudioError(f"{len(samples)} samples, the index says {entry.num_samples}")
         return samples
@@ -242,7 +267,7 @@ class SpeechDataset:
             raise AudioError(f"transcript holds {error}, which is not in the alphabet") from error
         if len(labels) != self.index.label_length[row]:
             raise AudioError(f"transcript has {len(labels)} labels, the index says {self.index.label_length[row]}")
-        return change_speed(samples, self.config.sample_rate_hz, speed), labels
+        return change_speed(samples, self.config.rate_hz, speed), labels
 
     def load(self, micro_batch: MicroBatch) -> Batch:
         """A padded batch.
@@ -258,7 +283,7 @@ class SpeechDataset:
                 wave, label = self._sample(row, speed)
             except AudioError as error:
                 faults.append(Fault(self.index.keys[row], str(error)))
-                wave, label = torch.zeros(self.log_mel.n_fft), []
+                wave, label = self.log_mel.silence(), []
             valid.append(not faults or faults[-1].key != self.index.keys[row])
             waves.append(wave)
             labels.append(label)
@@ -270,7 +295,7 @@ class SpeechDataset:
 
     def dummy(self) -> Batch:
         """Silence just long enough for one frame, not valid."""
-        return self._collate([""], [torch.zeros(self.log_mel.n_fft)], [[]], [False], [0], [])
+        return self._collate([""], [self.log_mel.silence()], [[]], [False], [0], [])
 
     def _collate(
         self,
@@ -299,18 +324,42 @@ class SpeechDataset:
             "lengths": lengths,
             "labels": torch.tensor([i for label in labels for i in label], dtype=torch.long),
             "label_lengths": torch.tensor([len(label) for label in labels]),
-            "seconds": torch.tensor([len(w) / self.config.sample_rate_hz for w in waves]),
+            "seconds": torch.tensor([len(w) / self.config.rate_hz for w in waves]),
         }
 
     def media(self, key: str) -> Media:
-        """The recording and its normalised log-mel picture."""
+        """The recording, if there is sound, and the picture of its normalised features."""
         row = self._rows[key]
         samples = self.waveform(row)
         features, _ = self.log_mel(torch.from_numpy(samples)[None], torch.tensor([len(samples)]))
-        return Media(samples, self.config.sample_rate_hz, features[0].T.numpy())
+        sound = samples if samples.ndim == 1 else None
+        return Media(sound, self.config.rate_hz, features[0].T.numpy())
 
 
-def build_log_mel(config: SpeechDataConfig, prepared: Prepared) -> LogMel:
+def label_settings(text: TextConfig) -> dict[str, Any]:
+    """The settings by which a transcript becomes labels, beside the alphabet."""
+    return text.tokens.model_dump(mode="json", exclude={"scored_as"})
+
+
+def build_tokens(config: SpeechDataConfig, prepared: Prepared) -> Tokens:
+    """What the labels mean.
+
+    Raises:
+        UserError: the vocabulary of subwords is missing, or not the one that the corpus was prepared with.
+    """
+    tokens = config.text.tokens
+    made: Tokens = tokens.build(config.text.alphabet or prepared.alphabet, config.path)
+    if isinstance(tokens, SubwordsConfig):
+        path = config.path / SUBWORDS_FILE
+        if hashlib.sha256(path.read_bytes()).hexdigest() != prepared.subwords_sha256:
+            raise UserError(
+                f"{show(path)}: is not the vocabulary that corpus.json beside it names; put that back, or run "
+                "`./launch.sh prepare CONFIG` again"
+            )
+    return made
+
+
+def build_log_mel(config: SpeechDataConfig, prepared: Prepared) -> LogMel | Precomputed:
     """The feature module with the corpus statistics in it."""
     log_mel = config.features.build(config.sample_rate_hz)
     log_mel.mean.copy_(torch.tensor(prepared.statistics.mean))

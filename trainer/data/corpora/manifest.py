@@ -1,29 +1,40 @@
-"""Any transcribed audio: JSON lines or a table that name files and what is said in them."""
+"""Any transcribed audio: JSON lines (those of NeMo too) or a table that name files and what is said in them."""
 
 import csv
-import json
-import re
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config import Config, Free, is_file, show
-from trainer.data.corpora.base import SPLITS, BadLinesError, Progress, Utterance
+from trainer.config import Free, is_file, show
+from trainer.data.corpora.base import (
+    SPLITS,
+    BadLinesError,
+    Progress,
+    SplitFiles,
+    SplitName,
+    Utterance,
+    json_lines,
+    make_key,
+)
 from trainer.data.text import not_text
 from trainer.errors import UserError
 
 AUDIO_FIELDS = ("audio", "audio_filepath")  # the second is NeMo's
 
 
-class ManifestConfig(Config):
-    """Manifests: a line an utterance, with `audio` (or `audio_filepath`), `text`, and if you like `key` and `split`.
+class ManifestConfig(SplitFiles):
+    """Manifests: a line an utterance, with `audio` (or `audio_filepath`) and `text`, and if you like `key`, `speaker`,
+    `split`, and for a part of a longer recording `offset` and `duration` in seconds.
 
-    A path is relative to the manifest that names it. Without a `split` (train, valid, test) the transcript decides.
+    A path is relative to the manifest that names it. Manifests of one split stand in `train`, `valid`, `test`; in
+    `files` each line may have its `split`, and without one the transcript decides. Without an `offset` the whole
+    recording is read, whatever its `duration` says.
     """
 
     kind: Literal["manifest"] = "manifest"
     files: Free[tuple[Path, ...]] = ()
-    """JSON lines (.jsonl, .json), or a table with a heading (.csv, .tsv)."""
+    """JSON lines (.jsonl, .json, also with .gz), or a table with a heading (.csv, .tsv)."""
 
     def utterances(self, folder: Path, progress: Progress) -> list[Utterance]:
         """Read every manifest.
@@ -35,20 +46,21 @@ class ManifestConfig(Config):
         Raises:
             UserError: no manifest, or the lines that cannot be used, all of them in one message.
         """
-        if not self.files:
+        given = [(None, file) for file in self.files] + list(self.by_split())
+        if not given:
             raise UserError(
                 "data.corpus.files = []: there is nothing to prepare; name your manifests, e.g. "
                 "data.corpus.files='[data/all.jsonl]', or choose another corpus with data.corpus.kind"
             )
-        for file in self.files:
+        for split, file in given:
             if not is_file(file):
-                raise UserError(f"data.corpus.files: {show(file)}: there is no such file; mend the path")
+                raise UserError(f"data.corpus.{split or 'files'}: {show(file)}: there is no such file; mend the path")
         found: dict[str, Utterance] = {}
         problems: list[str] = []
-        for file in self.files:
+        for split, file in given:
             try:
                 for line, fields in _rows(file, problems):
-                    utterance = _utterance(file, line, fields, problems)
+                    utterance = self._utterance(file, split, line, fields, problems)
                     if utterance is None:
                         continue
                     first = found.setdefault(utterance.key, utterance)
@@ -62,8 +74,22 @@ class ManifestConfig(Config):
         if problems:
             raise BadLinesError(problems, list(found.values()))
         if not found:
-            raise UserError(f"{', '.join(map(show, self.files))}: holds no utterance; add lines")
+            raise UserError(f"{', '.join(show(file) for _, file in given)}: holds no utterance; add lines")
         return list(found.values())
+
+    def _utterance(
+        self, file: Path, split: SplitName | None, line: int, fields: dict[str, Any], problems: list[str]
+    ) -> Utterance | None:
+        """An utterance, in the split of its manifest if that has one."""
+        if split is not None and fields.get("split") not in (None, "", split):
+            problems.append(
+                f"{show(file)} line {line}: split = {fields['split']!r}: the manifest is in data.corpus.{split}; take "
+                "one of the two out"
+            )
+            return None
+        if split is not None and isinstance(fields.get("text"), str):
+            fields = {**fields, "split": self.split_of(split, fields["text"])}
+        return _utterance(file, line, fields, problems)
 
 
 def _rows(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -71,36 +97,10 @@ def _rows(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]
     ending = file.suffix.lower()
     if ending in (".csv", ".tsv"):
         yield from _table_rows(file, "\t" if ending == ".tsv" else ",", problems)
-    elif ending in (".jsonl", ".json"):
-        yield from _json_rows(file, problems)
+    elif (Path(file.stem).suffix.lower() if ending == ".gz" else ending) in (".jsonl", ".json"):
+        yield from json_lines(file, problems)
     else:
         raise UserError(f"data.corpus.files: {show(file)}: ending {ending!r}, wanted .jsonl, .json, .csv or .tsv")
-
-
-def _json_rows(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, text in enumerate(lines, 1):
-            if not text.strip():
-                continue
-            where = f"{show(file)} line {number}"
-            try:
-                fields = json.loads(text, object_pairs_hook=_once)
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{where}: {text.strip()[:60]!r}: is not JSON ({error}); write one object a line")
-                continue
-            if isinstance(fields, dict):
-                yield number, fields
-            else:
-                problems.append(f"{where}: {text.strip()[:60]!r}: is not an object; write {{...}} on each line")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of a field that is repeated, JSON would silently take the last."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)!r} is given twice")
-    return fields
 
 
 def _table_rows(file: Path, delimiter: str, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -144,17 +144,22 @@ def _utterance(file: Path, line: int, fields: dict[str, Any], problems: list[str
     path = file.parent / str(fields[name])  # an absolute path stays as it is
     named = fields.get("key")
     key = _relative(path, file.parent) if named in (None, "") else named
-    key = re.sub(r"[^\w@+=-]", "_", str(key))  # webdataset ends a key at the first dot
+    key = make_key(str(key))
     text: Any = fields.get("text")
     split = fields.get("split") or None
+    speaker = fields.get("speaker")
     before = len(problems)
 
     def problem(field: str, value: object, reason: str) -> None:
         problems.append(f"{where}: key {key}: {field} = {value!r}: {reason}")
 
-    for field, value in ((name, fields[name]), ("key", named), ("text", text), ("split", split)):
-        if value is not None and not isinstance(value, (str, int) if field == "key" else str):
+    for field, value in ((name, fields[name]), ("key", named), ("text", text), ("split", split), ("speaker", speaker)):
+        if value is not None and not isinstance(value, (str, int) if field in ("key", "speaker") else str):
             problem(field, value, "is not text; write it in quotes")
+    times = {field: _seconds(fields[field]) for field in ("offset", "duration") if fields.get(field) not in (None, "")}
+    for field, seconds in times.items():
+        if seconds is None or (field == "duration" and seconds == 0):
+            problem(field, fields[field], "wanted seconds; mend it or leave it out")
     if len(problems) > before:
         return None
     if not is_file(path):
@@ -167,15 +172,21 @@ def _utterance(file: Path, line: int, fields: dict[str, Any], problems: list[str
         problem("text", text, f"holds {bad!r}, which is no character of a text; write it again or remove the line")
     if split is not None and split not in SPLITS:
         problem("split", split, f"wanted one of {', '.join(SPLITS)}; mend it or leave it out")
-    if fields.get("offset"):
-        problem(
-            "offset",
-            fields["offset"],
-            "parts of longer recordings are not read; cut them into files of their own",
-        )
     if len(problems) > before:
         return None
-    return Utterance(key, text, path, split, where)
+    start, duration = times.get("offset"), times.get("duration")
+    end = None if start is None or duration is None else start + duration
+    speaker = None if speaker in (None, "") else str(speaker)
+    return Utterance(key, text, path, split, where, speaker, start or 0.0, end)
+
+
+def _seconds(value: Any) -> float | None:
+    """A time of JSON or of a table; None if it is none."""
+    try:
+        seconds = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else -1.0
+    except ValueError:
+        return None
+    return seconds if seconds >= 0 and math.isfinite(seconds) else None
 
 
 def _relative(path: Path, folder: Path) -> str:

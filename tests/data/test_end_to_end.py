@@ -1,0 +1,100 @@
+"""Corpora of other kinds than the default go all the way: prepare, plan, train, evaluate."""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data import layouts
+from tests.helpers import TINY, run_ranks
+from trainer import recipe
+from trainer.__main__ import main
+
+pytestmark = pytest.mark.distributed
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config of the project on a miniature corpus."""
+
+    config: str
+    make: Callable[[Path], Any]
+    changes: tuple[str, ...]
+    classes: str
+    """What `plan` says of the output."""
+    rate: str
+    """The error rate that is watched."""
+    audio: bool = True
+
+
+CASES = {
+    "phones": Case("speech/timit", layouts.timit, (), r"5 classes \(phones\), a frame each 40 ms", "per"),
+    "subwords": Case(
+        "speech/librispeech_100",
+        layouts.librispeech,
+        ("data.text.tokens.vocabulary_size=17", "precision=fp32"),
+        r"17 classes \(subwords\)",
+        "cer",
+    ),
+    "cepstra": Case("speech/an4_cepstra", layouts.an4_cepstra, (), r"29 classes \(characters\)", "cer", audio=False),
+}
+
+
+def arguments(case: Case, root: Path) -> list[str]:
+    """Overrides that make a run of two steps."""
+    tiny = [o for o in TINY if not o.startswith(("data.corpus", "data.features", "data.augment.speeds"))]
+    corpus = [f"data.corpus.path={root / 'raw'}", f"data.path={root / 'data'}", f"runs_dir={root / 'runs'}"]
+    model = ["model.subsampling.projection=16", "max_steps=2", "validation.every_steps=2", "name=run"]
+    return [*tiny, *corpus, *model, "plan.micro_batches_per_step=1", "plan.micro_batch_seconds=2", *case.changes]
+
+
+def fit(ranks: Any, config: str, overrides: list[str]) -> dict[str, float]:
+    from trainer.engine import Training
+
+    return Training(recipe.load(config, overrides), ranks).fit()
+
+
+def evaluated(ranks: Any, run: Path) -> str:
+    from trainer.verbs import evaluate
+
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert evaluate.main(parser.parse_args([str(run)])) == 0
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_corpus_goes_all_the_way(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES[name]
+    case.make(tmp_path / "raw")
+    overrides = arguments(case, tmp_path)
+    task = recipe.load(case.config, overrides)
+    assert task.monitor == case.rate
+    task.prepare()
+    capsys.readouterr()
+    assert main(["plan", case.config, *overrides]) == 0
+    assert re.search(case.classes, capsys.readouterr().out)
+
+    (values,) = run_ranks(1, fit, case.config, overrides)
+    rates = {rate for rate in ("per", "cer", "wer") if rate in values}
+    assert rates == ({"per"} if case.rate == "per" else {"cer", "wer"})
+    (told,) = run_ranks(1, evaluated, tmp_path / "runs/run")
+    assert f"{case.rate.upper()} " in told
+    result = json.loads((tmp_path / "runs/run/evaluation/test.json").read_text(encoding="utf-8"))
+    assert result["scored"] == result["total"] == len(task.build_dataset("test"))
+    row = result["rows"][0]
+    if name == "phones":  # 48 are trained on, errors are counted on 39
+        assert row["columns"]["reference"] == layouts.TIMIT_39
+        assert (row["length"], row["aligned_by"]) == (5, "word")
+    media = task.build_dataset("test").media(row["key"])
+    assert (media.audio is not None) == case.audio
+    assert main(["report", str(tmp_path / "runs/run")]) == 0
+    assert (tmp_path / "runs/run/report.html").stat().st_size > 10_000
