@@ -6,6 +6,7 @@ features alone, in a padded batch, and cut into a stream.
 
 import io
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
+from kernels.log_mel import log_mel
 from trainer.config import Config
 from trainer.errors import UserError
 
@@ -56,6 +58,8 @@ class LogMel(nn.Module):
         least 1 (a shorter clip is padded with silence)
     """
 
+    window: Tensor
+    mel: Tensor
     mean: Tensor
     deviation: Tensor
 
@@ -65,9 +69,13 @@ class LogMel(nn.Module):
         window = round(sample_rate_hz * config.window_ms / 1000)
         self.n_fft = 2 ** math.ceil(math.log2(window))
         self.num_bands = config.num_bands
-        self.mel = torchaudio.transforms.MelSpectrogram(
-            sample_rate_hz, self.n_fft, window, self.hop, f_min=20.0, n_mels=config.num_bands, center=False
+        left = (self.n_fft - window) // 2
+        padded = nn.functional.pad(torch.hann_window(window), (left, self.n_fft - window - left))
+        mel = torchaudio.functional.melscale_fbanks(
+            self.n_fft // 2 + 1, 20.0, float(sample_rate_hz // 2), config.num_bands, sample_rate_hz
         )
+        self.register_buffer("window", padded, persistent=False)
+        self.register_buffer("mel", mel, persistent=False)
         self.register_buffer("mean", torch.zeros(config.num_bands))
         self.register_buffer("deviation", torch.ones(config.num_bands))
 
@@ -79,7 +87,7 @@ class LogMel(nn.Module):
         """Log energies before normalisation: (..., N) -> (..., T, F)."""
         if waveform.shape[-1] < self.n_fft:
             waveform = nn.functional.pad(waveform, (0, self.n_fft - waveform.shape[-1]))
-        return (self.mel(waveform) + LOG_FLOOR).log().transpose(-1, -2)
+        return log_mel(waveform, self.window, self.mel, self.hop, LOG_FLOOR)
 
     def normalise(self, energies: Tensor) -> Tensor:
         """Zero mean and unit deviation over the corpus: (..., T, F) -> (..., T, F)."""
@@ -87,16 +95,23 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if waveforms.device.type == "cpu":
+            return self.batch([wave[:n] for wave, n in zip(waveforms, lengths.tolist(), strict=True)])
         with torch.autocast(waveforms.device.type, enabled=False):
             frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
-            if waveforms.device.type != "cpu":
-                x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
-                valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
-                return x * valid[..., None], frames
-            x = waveforms.new_zeros(len(waveforms), int(frames.max()), self.num_bands, dtype=torch.float32)
-            for b, n in enumerate(lengths.tolist()):  # clip by clip stays in the cache
-                x[b, : int(frames[b])] = self.normalise(self.energies(waveforms[b, :n].float()))
-            return x, frames
+            x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
+            valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
+            return x * valid[..., None], frames
+
+    @torch.no_grad()
+    def batch(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same from a list of clips (N,), one after the other, so that each stays in the cache."""
+        frames = torch.from_numpy(self.num_frames(np.array([len(wave) for wave in waves])))
+        x = torch.zeros(len(waves), int(frames.max()), self.num_bands)
+        for clip, wave, count in zip(x, waves, frames.tolist(), strict=True):
+            with torch.autocast("cpu", enabled=False):
+                torch.sub(self.energies(wave.float()), self.mean, out=clip[:count]).div_(self.deviation)
+        return x, frames
 
 
 class AugmentConfig(Config):
