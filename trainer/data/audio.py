@@ -1,4 +1,4 @@
-"""Waveforms to features: decoding, speed perturbation, log-mel, SpecAugment.
+"""Waveforms to features: decoding, speed perturbation, log-mel.
 
 Every frame is a function of the samples under its window alone (no centring, no reflection), so a clip has the same
 features alone, in a padded batch, and cut into a stream.
@@ -15,7 +15,7 @@ import soundfile
 import torch
 import torchaudio
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from kernels.log_mel import log_mel
@@ -112,60 +112,6 @@ class LogMel(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 torch.sub(self.energies(wave.float()), self.mean, out=clip[:count]).div_(self.deviation)
         return x, frames
-
-
-class AugmentConfig(Config):
-    """What training does to a clip; validation and test never see it."""
-
-    speeds: tuple[float, ...] = (1.0,)
-    """Speed and pitch factors, one drawn a clip and epoch (Ko et al. 2015), e.g. [0.9, 1.0, 1.1]. A clip that would be
-    too short for its labels, or too long, is left at 1."""
-    time_masks: int = Field(0, ge=0)
-    """SpecAugment (Park et al. 2019, arXiv:1904.08779): masks along time a clip."""
-    time_mask_frames: int = Field(30, ge=1)
-    """Longest time mask."""
-    time_mask_share: float = Field(0.2, gt=0, le=1)
-    """... but at most this share of the clip."""
-    frequency_masks: int = Field(0, ge=0)
-    """Masks along frequency a clip."""
-    frequency_mask_bands: int = Field(15, ge=1)
-    """Widest frequency mask."""
-
-    @field_validator("speeds")
-    @classmethod
-    def _speeds_can_be_played(cls, speeds: tuple[float, ...]) -> tuple[float, ...]:
-        if not speeds or not all(0.1 <= speed <= 10 for speed in speeds):
-            raise ValueError("wanted one or more factors from 0.1 to 10; take [1.0] for none")
-        return speeds
-
-
-class SpecAugment(nn.Module):
-    """Masks stripes of normalised features by zero, which is the corpus mean; each clip by its own key.
-
-    Shape:
-        x: (B, T, F); lengths: (B,); seeds: B integers -> (B, T, F), changed in place
-    """
-
-    def __init__(self, config: AugmentConfig) -> None:
-        super().__init__()
-        self.masks = torchaudio.transforms.SpecAugment(
-            config.time_masks,
-            config.time_mask_frames,
-            config.frequency_masks,
-            config.frequency_mask_bands,
-            p=config.time_mask_share,
-            zero_masking=True,
-        )
-        self.active = config.time_masks + config.frequency_masks > 0
-
-    def forward(self, x: Tensor, lengths: Tensor, seeds: list[int]) -> Tensor:
-        if self.active:
-            with torch.random.fork_rng(devices=[]):
-                for b, seed in enumerate(seeds):
-                    torch.manual_seed(seed)
-                    clip = x[b, : int(lengths[b])]
-                    clip.copy_(self.masks(clip.T.cpu()).T)
-        return x
 
 
 def stretched(num_samples: NDArray[np.int64], speed: NDArray[np.float64], sample_rate_hz: int) -> NDArray[np.int64]:

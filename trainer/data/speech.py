@@ -13,19 +13,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from trainer import keyed
 from trainer.config import Config, Free, show
-from trainer.data.audio import (
-    AudioError,
-    AugmentConfig,
-    FeaturesConfig,
-    LogMel,
-    SpecAugment,
-    change_speed,
-    decode,
-    stretched,
-)
+from trainer.data.audio import AudioError, FeaturesConfig, LogMel, change_speed, decode, stretched
+from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import Batch, Fault, Media
 from trainer.data.index import Index
@@ -128,6 +121,7 @@ class SpeechDataset:
         self.tokens = Characters(config.text.alphabet or self.prepared.alphabet)
         self.log_mel = build_log_mel(config, self.prepared)
         self.training = split == "train"
+        self.wave_augment = WaveAugment(config.augment, config.sample_rate_hz) if self.training else None
         self.spec_augment = SpecAugment(config.augment)
         self.index = Index.load(config.path / split, config.sample_rate_hz)
         self._check_size(self.prepared.splits.get(split), len(self.index), len(self.index.shards))
@@ -183,7 +177,10 @@ class SpeechDataset:
 
     @property
     def identity(self) -> dict[str, str]:
-        return {"samples": f"{len(self)} of index {self.index.digest}", "alphabet": self.tokens.alphabet}
+        samples = f"{len(self)} of index {self.index.digest}"
+        if self.wave_augment is not None and (recordings := self.wave_augment.identity):
+            samples += f", augmented by recordings {recordings}"
+        return {"samples": samples, "alphabet": self.tokens.alphabet}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -253,19 +250,21 @@ class SpeechDataset:
             `labels`: (sum of label lengths,), `label_lengths`: (B,); `seconds`: (B,).
         """
         waves, labels, faults, valid = [], [], [], []
-        for row, speed in zip(micro_batch.samples, micro_batch.speeds, strict=True):
+        noise = [
+            keyed.key(self.seed, micro_batch.epoch, self.index.keys[row]) if self.training else 0
+            for row in micro_batch.samples
+        ]
+        for row, speed, key in zip(micro_batch.samples, micro_batch.speeds, noise, strict=True):
             try:
                 wave, label = self._sample(row, speed)
+                if self.wave_augment is not None:
+                    wave = self.wave_augment(wave, key)
             except AudioError as error:
                 faults.append(Fault(self.index.keys[row], str(error)))
                 wave, label = torch.zeros(self.log_mel.n_fft), []
             valid.append(not faults or faults[-1].key != self.index.keys[row])
             waves.append(wave)
             labels.append(label)
-        noise = [
-            keyed.key(self.seed, micro_batch.epoch, self.index.keys[row]) if self.training else 0
-            for row in micro_batch.samples
-        ]
         return self._collate([self.index.keys[row] for row in micro_batch.samples], waves, labels, valid, noise, faults)
 
     def dummy(self) -> Batch:
@@ -281,14 +280,14 @@ class SpeechDataset:
         noise: list[int],
         faults: Collection[Fault],
     ) -> Batch:
-        lengths = torch.tensor([len(w) for w in waves])
-        audio = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
-        checksums = [zlib.crc32(w.numpy().tobytes()) for w in waves]
+        checksums = [zlib.crc32(w.numpy().data) for w in waves]
         noise_keys = torch.tensor(noise)
         if self.config.features.where == "worker":
-            audio, lengths = self.log_mel(audio, lengths)
+            audio, lengths = self.log_mel.batch(waves)
             if self.training:
                 audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
+        else:
+            audio, lengths = pad_sequence(waves, batch_first=True), torch.tensor([len(w) for w in waves])
         return {
             "keys": keys,
             "valid": torch.tensor(valid),
