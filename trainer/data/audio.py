@@ -6,7 +6,6 @@ features alone, in a padded batch, and cut into a stream.
 
 import io
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -94,24 +93,21 @@ class LogMel(nn.Module):
         return (energies - self.mean) / self.deviation
 
     @torch.no_grad()
+    def clip(self, wave: Tensor) -> Tensor:
+        """Normalised features of one clip on the CPU: (N,) -> (T, F)."""
+        with torch.autocast("cpu", enabled=False):
+            return self.energies(wave.float()).sub_(self.mean).div_(self.deviation)
+
+    @torch.no_grad()
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        if waveforms.device.type == "cpu":
-            return self.batch([wave[:n] for wave, n in zip(waveforms, lengths.tolist(), strict=True)])
+        frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
+        if waveforms.device.type == "cpu":  # clip by clip stays in the cache
+            clips = [self.clip(wave[:n]) for wave, n in zip(waveforms, lengths.tolist(), strict=True)]
+            return nn.utils.rnn.pad_sequence(clips, batch_first=True), frames
         with torch.autocast(waveforms.device.type, enabled=False):
-            frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
             x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
             valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
             return x * valid[..., None], frames
-
-    @torch.no_grad()
-    def batch(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The same from a list of clips (N,), one after the other, so that each stays in the cache."""
-        frames = torch.from_numpy(self.num_frames(np.array([len(wave) for wave in waves])))
-        x = torch.zeros(len(waves), int(frames.max()), self.num_bands)
-        for clip, wave, count in zip(x, waves, frames.tolist(), strict=True):
-            with torch.autocast("cpu", enabled=False):
-                torch.sub(self.energies(wave.float()), self.mean, out=clip[:count]).div_(self.deviation)
-        return x, frames
 
 
 def stretched(num_samples: NDArray[np.int64], speed: NDArray[np.float64], sample_rate_hz: int) -> NDArray[np.int64]:

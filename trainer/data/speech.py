@@ -3,7 +3,8 @@
 import json
 import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,20 @@ class Prepared(BaseModel):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{show(path)}: is not what `prepare` writes ({error}); prepare the corpus anew") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One clip of a batch, before it is padded."""
+
+    key: str
+    audio: Tensor
+    """(T, F) features or (N,) samples."""
+    labels: list[int]
+    noise_key: int
+    checksum: int
+    seconds: float
+    valid: bool
 
 
 class SpeechDataset:
@@ -249,64 +264,55 @@ class SpeechDataset:
             `audio`: (B, T, F) features, or (B, N) waveforms if `features.where` is "model"; `lengths`: (B,) of it;
             `labels`: (sum of label lengths,), `label_lengths`: (B,); `seconds`: (B,).
         """
-        waves, labels, faults, valid = [], [], [], []
-        noise = [
-            keyed.key(self.seed, micro_batch.epoch, self.index.keys[row]) if self.training else 0
-            for row in micro_batch.samples
-        ]
-        for row, speed, key in zip(micro_batch.samples, micro_batch.speeds, noise, strict=True):
+        places, faults = [], []
+        for row, speed in zip(micro_batch.samples, micro_batch.speeds, strict=True):
+            name = self.index.keys[row]
+            noise_key = keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0
             try:
-                wave, label = self._sample(row, speed)
+                wave, labels = self._sample(row, speed)
                 if self.wave_augment is not None:
-                    wave = self.wave_augment(wave, key)
+                    wave = self.wave_augment(wave, noise_key)
+                places.append(self._place(name, wave, labels, noise_key))
             except AudioError as error:
-                faults.append(Fault(self.index.keys[row], str(error)))
-                wave, label = torch.zeros(self.log_mel.n_fft), []
-            valid.append(not faults or faults[-1].key != self.index.keys[row])
-            waves.append(wave)
-            labels.append(label)
-        return self._collate([self.index.keys[row] for row in micro_batch.samples], waves, labels, valid, noise, faults)
+                faults.append(Fault(name, str(error)))
+                places.append(self._place(name, torch.zeros(self.log_mel.n_fft), [], noise_key, valid=False))
+        return self._collate(places, faults)
 
     def dummy(self) -> Batch:
         """Silence just long enough for one frame, not valid."""
-        return self._collate([""], [torch.zeros(self.log_mel.n_fft)], [[]], [False], [0], [])
+        return self._collate([self._place("", torch.zeros(self.log_mel.n_fft), [], 0, valid=False)], [])
 
-    def _collate(
-        self,
-        keys: list[str],
-        waves: list[Tensor],
-        labels: list[list[int]],
-        valid: list[bool],
-        noise: list[int],
-        faults: Collection[Fault],
-    ) -> Batch:
-        checksums = [zlib.crc32(w.numpy().data) for w in waves]
-        noise_keys = torch.tensor(noise)
-        if self.config.features.where == "worker":
-            audio, lengths = self.log_mel.batch(waves)
-            if self.training:
-                audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
-        else:
-            audio, lengths = pad_sequence(waves, batch_first=True), torch.tensor([len(w) for w in waves])
+    def _place(self, key: str, wave: Tensor, labels: list[int], noise_key: int, valid: bool = True) -> "_Place":
+        """All that is to be computed of a clip, while it is in the processor's cache."""
+        audio = self.log_mel.clip(wave) if self.config.features.where == "worker" else wave
+        seconds = len(wave) / self.config.sample_rate_hz
+        return _Place(key, audio, labels, noise_key, zlib.crc32(wave.numpy().data), seconds, valid)
+
+    def _collate(self, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
+        audio = pad_sequence([place.audio for place in places], batch_first=True)
+        lengths = torch.tensor([len(place.audio) for place in places])
+        noise_keys = torch.tensor([place.noise_key for place in places])
+        if self.training and self.config.features.where == "worker":
+            audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
         return {
-            "keys": keys,
-            "valid": torch.tensor(valid),
+            "keys": [place.key for place in places],
+            "valid": torch.tensor([place.valid for place in places]),
             "noise_keys": noise_keys,
-            "checksums": checksums,
-            "faults": list(faults),
+            "checksums": [place.checksum for place in places],
+            "faults": faults,
             "audio": audio,
             "lengths": lengths,
-            "labels": torch.tensor([i for label in labels for i in label], dtype=torch.long),
-            "label_lengths": torch.tensor([len(label) for label in labels]),
-            "seconds": torch.tensor([len(w) / self.config.sample_rate_hz for w in waves]),
+            "labels": torch.tensor([i for place in places for i in place.labels], dtype=torch.long),
+            "label_lengths": torch.tensor([len(place.labels) for place in places]),
+            "seconds": torch.tensor([place.seconds for place in places]),
         }
 
     def media(self, key: str) -> Media:
         """The recording and its normalised log-mel picture."""
         row = self._rows[key]
         samples = self.waveform(row)
-        features, _ = self.log_mel(torch.from_numpy(samples)[None], torch.tensor([len(samples)]))
-        return Media(samples, self.config.sample_rate_hz, features[0].T.numpy())
+        features = self.log_mel.clip(torch.from_numpy(samples))
+        return Media(samples, self.config.sample_rate_hz, features.T.numpy())
 
 
 def build_log_mel(config: SpeechDataConfig, prepared: Prepared) -> LogMel:
