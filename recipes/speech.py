@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer import keyed
 from trainer.config import Config
-from trainer.data.audio import SpecAugment
+from trainer.data.augment import SpecAugment
 from trainer.data.dataset import Batch
 from trainer.data.prepare import prepare
 from trainer.data.speech import Prepared, SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens

@@ -9,7 +9,7 @@ import torch
 
 from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
-from trainer import bench
+from trainer import bench_loader
 from trainer.__main__ import main
 from trainer.errors import EXIT_USER_MISTAKE
 
@@ -31,12 +31,29 @@ def test_step(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_loader(corpus: Path, tmp_path: Path) -> None:
-    """Waiting is that of two whole epochs, the first steps included."""
-    (result,) = run_ranks(1, run, "loader", overrides(corpus, tmp_path, "num_workers=1"), tmp_path / "loader.json")
-    assert list(result["rows"]) == ["bare loop", "loader, no worker", "loader, 1 worker", "loader, 2 workers"]
+    """All ways deliver the same sound; waiting is that of two whole epochs, the first steps included."""
+    out, picture = tmp_path / "loader.json", tmp_path / "loader.png"
+    arguments = [*overrides(corpus, tmp_path, "num_workers=1"), f"--picture={picture}"]
+    (result,) = run_ranks(1, run, "loader", arguments, out)
+    for name in (
+        "waveforms: ours",
+        "waveforms: webdataset",
+        "log-mel: files + torchaudio",
+        "log-mel: bare parts, ours",
+    ):
+        assert result["rows"][name]["audio_hours_per_second"]["median"] > 0
+        assert result["rows"][name]["audio_hours_per_cpu_second"]["median"] > 0
+    wanted = {(line["contest"], line["rival"]): line["wanted"] for line in result["ratios"] if line["wanted"]}
+    assert wanted == bench_loader.WANTED
     assert result["trained_steps"] == 8
     assert len(result["waiting_percent_of_first_steps"]) == 2
     assert 0 < result["waiting_percent"] < 100
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_who_delivers_less_is_found_out() -> None:
+    with pytest.raises(AssertionError, match=r"webdataset delivers 0\.500 hours, wanted 1\.000"):
+        bench_loader._check({"webdataset": lambda: 1800 * 16000}, {"webdataset": 1.0}, 3600 * 16000)
 
 
 def test_waiting_is_a_share_of_the_time_of_all_steps() -> None:
@@ -44,8 +61,7 @@ def test_waiting_is_a_share_of_the_time_of_all_steps() -> None:
         {"epoch": epoch, "step_seconds": seconds, "data_wait_percent": percent}
         for epoch, seconds, percent in [(0, 4.0, 50.0), (0, 1.0, 0.0), (1, 5.0, 10.0)]
     ]
-    assert bench._waiting_percent(rows) == pytest.approx(25.0)
-    assert [row["step_seconds"] for row in bench._first_steps(rows)] == [4.0, 5.0]
+    assert bench_loader.waiting_percent(rows) == pytest.approx(25.0)
 
 
 def test_no_repetition_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,11 @@
 """Our speed beside what a user would otherwise write, as ratios of one interleaved run.
 
-The loops that we are compared with stand here in full, so that anyone can see that nothing was left out of them or put
-into them: `bare_step` and `bare_load`.
+The loop that the step is compared with stands here in full, so that anyone can see that nothing was left out of it or
+put into it: `bare_step`. The loader's rivals stand in `trainer/bench_loader.py`.
 """
 
-import io
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -14,19 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import soundfile
 import torch
 from torch import nn
 
 from kernels import keep_pages
 from trainer import recipe as recipes
 from trainer.data.dataset import Batch
-from trainer.data.loader import Loader
 from trainer.data.plan import Step
 from trainer.distributed import Ranks
 from trainer.engine import Training, initialise
 from trainer.errors import UserError
-from trainer.run import read_lines
 
 
 @dataclass(frozen=True)
@@ -35,23 +32,36 @@ class Timing:
 
     name: str
     seconds: list[float]
+    cpu_seconds: list[float]
+    """Of this process and of the workers it has waited for."""
 
     def over(self, other: "Timing") -> list[float]:
         """Ratios, repetition by repetition: the two stood side by side each time."""
         return [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
+
+    def cpu_over(self, other: "Timing") -> list[float]:
+        """The same of processor time."""
+        return [a / b for a, b in zip(self.cpu_seconds, other.cpu_seconds, strict=True)]
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def interleaved(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, Timing]:
     """Time each way in turn, A B C A B C ..., after one warm-up of each."""
     for run in ways.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    timings = {name: Timing(name, [], []) for name in ways}
     for i in range(repetitions):
         for name in list(ways)[:: 1 if i % 2 else -1]:  # whoever comes first alternates
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), cpu_seconds()
             ways[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(name, values) for name, values in seconds.items()}
+            timings[name].seconds.append(time.perf_counter() - start)
+            timings[name].cpu_seconds.append(cpu_seconds() - cpu_start)
+    return timings
 
 
 def describe(values: Sequence[float]) -> dict[str, float]:
@@ -161,94 +171,3 @@ def bench_step(config: str, overrides: list[str], ranks: Ranks, repetitions: int
             for name, t in timings.items()
         },
     }
-
-
-def bare_load(dataset: Any, steps: Sequence[Step]) -> None:
-    """Read, decode, change speed, compute features and pad, as a plain loop over files would: no worker, no checks."""
-    from trainer.data.audio import change_speed
-
-    rate = dataset.config.sample_rate_hz
-    for step in steps:
-        for m in step.micro_batches:
-            clips = []
-            for row, speed in zip(m.samples, m.speeds, strict=True):
-                entry = dataset.index.entries[row]
-                with open(dataset.index.shards[dataset.index.shard[row]], "rb") as file:
-                    file.seek(entry.audio_offset)
-                    content = file.read(entry.audio_size)
-                samples, _ = soundfile.read(io.BytesIO(content), dtype="float32")
-                wave = change_speed(torch.from_numpy(samples), rate, speed)
-                clips.append(dataset.log_mel.normalise(dataset.log_mel.energies(wave)))
-            torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
-
-
-def bench_loader(config: str, overrides: list[str], ranks: Ranks, repetitions: int, num_steps: int) -> dict[str, Any]:
-    """Audio-hours a second of the loader against `bare_load`, and the share of a real run that waits for data.
-
-    Args:
-        repetitions: how often each way loads all the steps.
-        num_steps: steps of the plan.
-
-    Returns:
-        hours a second and ratios to the bare loop; of two whole epochs of training, the first step and those at the
-        start of an epoch included, the share of the step time that was waiting.
-    """
-    recipe = recipes.load(config, overrides)
-    dataset: Any = recipe.build_dataset("train")
-    if dataset.config.features.kind != "log_mel":
-        raise UserError(f"{config}: bench loader decodes sound, and the features of this corpus are precomputed")
-    steps = dataset.plan.epoch(0)[:num_steps]
-    hours = sum(s.counts["seconds"] for s in steps) / 3600
-    size = dataset.plan.micro_batches_per_step
-
-    def load(workers: int) -> None:
-        for _ in Loader(dataset, steps, 0, 1, size, workers):
-            pass
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker, so that the ways differ in nothing else
-    timings = interleaved(
-        {
-            "bare loop": lambda: bare_load(dataset, steps),
-            "loader, no worker": lambda: load(0),
-            "loader, 1 worker": lambda: load(1),
-            "loader, 2 workers": lambda: load(2),
-        },
-        repetitions,
-    )
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        extra = [f"runs_dir={folder}", "name=wait", "max_epochs=2", "max_steps=null", "validation.every_steps=1000000"]
-        extra += ["tracking.wandb=disabled", "tracking.log_every_steps=1", "checkpoint.every_steps=1000000"]
-        training = Training(recipes.load(config, [*overrides, *extra]), ranks)
-        training.fit()
-        rows = [row for row in read_lines(training.run.metrics) if row["kind"] == "train"]
-    base = timings["bare loop"]
-    return {
-        "config": config,
-        "threads": 1,
-        "hours": hours,
-        "rows": {
-            name: {
-                "audio_hours_per_second": describe([hours / s for s in t.seconds]),
-                "speed_over_bare": describe(base.over(t)),
-            }
-            for name, t in timings.items()
-        },
-        "waiting_percent": _waiting_percent(rows),
-        "waiting_percent_of_first_steps": [row["data_wait_percent"] for row in _first_steps(rows)],
-        "waiting_percent_after_the_first_step": _waiting_percent(rows[1:]),  # that one waits for the workers to start
-        "trained_steps": len(rows),
-        "num_workers": recipe.config.num_workers,
-    }
-
-
-def _waiting_percent(rows: Sequence[dict[str, Any]]) -> float:
-    """Share of the time of all steps together that was waiting for data."""
-    seconds = sum(row["step_seconds"] for row in rows)
-    return float(sum(row["data_wait_percent"] * row["step_seconds"] for row in rows) / seconds) if rows else 0.0
-
-
-def _first_steps(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first step of each epoch."""
-    return [row for i, row in enumerate(rows) if i == 0 or row["epoch"] != rows[i - 1]["epoch"]]

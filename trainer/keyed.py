@@ -24,6 +24,11 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def number(*parts: int | str) -> float:
+    """A number in [0, 1) that the parts name."""
+    return (key(*parts) >> 10) * 2.0**-53
+
+
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Scramble 64-bit integers one to one: the finaliser of splitmix64."""
     with np.errstate(over="ignore"):

@@ -173,3 +173,26 @@ def ratios(lines: list[dict[str, Any]], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
     picture(figure, path)
+
+
+def loader_ratios(lines: list[dict[str, Any]], path: Path) -> None:
+    """Bars of how many times as fast the loader is as each rival, with quartiles, and what was wanted."""
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(lines)), layout="constrained")
+    places = np.arange(len(lines))[::-1]
+    for offset, kind, color in ((0.19, "processor", BLUE), (-0.19, "clock", ORANGE)):
+        middle = np.array([line[kind]["median"] for line in lines])
+        around = [[abs(line[kind][side] - line[kind]["median"]) for line in lines] for side in ("low", "high")]
+        label = {"processor": "by processor time", "clock": "by the clock"}[kind]
+        axes.barh(places + offset, middle, 0.36, xerr=around, color=color, label=label, error_kw={"linewidth": 1})
+    for place, line in zip(places, lines, strict=True):
+        if line["wanted"]:
+            axes.plot([line["wanted"]] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2)
+    axes.plot([], [], color="black", linewidth=2, label="wanted")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set(yticks=places, xlabel="times as fast", ylim=(-0.7, len(lines) - 0.3))
+    rivals = ["two workers vs one" if x["rival"] == "one worker" else f"ours vs {x['rival']}" for x in lines]
+    names = [f"{line['contest']}: {rival}" for line, rival in zip(lines, rivals, strict=True)]
+    axes.set_yticklabels(names, fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    picture(figure, path)

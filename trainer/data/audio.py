@@ -1,4 +1,4 @@
-"""Waveforms to features: decoding, speed perturbation, log-mel, SpecAugment.
+"""Waveforms to features: decoding, speed perturbation, log-mel.
 
 Every frame is a function of the samples under its window alone (no centring, no reflection), so a clip has the same
 features alone, in a padded batch, and cut into a stream.
@@ -14,9 +14,10 @@ import soundfile
 import torch
 import torchaudio
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from kernels.log_mel import log_mel
 from trainer.config import Config
 from trainer.errors import UserError
 
@@ -65,6 +66,8 @@ class LogMel(nn.Module):
         least 1 (a shorter clip is padded with silence)
     """
 
+    window: Tensor
+    mel: Tensor
     mean: Tensor
     deviation: Tensor
 
@@ -75,9 +78,13 @@ class LogMel(nn.Module):
         window = round(sample_rate_hz * config.window_ms / 1000)
         self.n_fft = 2 ** math.ceil(math.log2(window))
         self.num_bands = config.num_bands
-        self.mel = torchaudio.transforms.MelSpectrogram(
-            sample_rate_hz, self.n_fft, window, self.hop, f_min=20.0, n_mels=config.num_bands, center=False
+        left = (self.n_fft - window) // 2
+        padded = nn.functional.pad(torch.hann_window(window), (left, self.n_fft - window - left))
+        mel = torchaudio.functional.melscale_fbanks(
+            self.n_fft // 2 + 1, 20.0, float(sample_rate_hz // 2), config.num_bands, sample_rate_hz
         )
+        self.register_buffer("window", padded, persistent=False)
+        self.register_buffer("mel", mel, persistent=False)
         self.register_buffer("mean", torch.zeros(config.num_bands))
         self.register_buffer("deviation", torch.ones(config.num_bands))
 
@@ -97,24 +104,28 @@ class LogMel(nn.Module):
         """Log energies before normalisation: (..., N) -> (..., T, F)."""
         if waveform.shape[-1] < self.n_fft:
             waveform = nn.functional.pad(waveform, (0, self.n_fft - waveform.shape[-1]))
-        return (self.mel(waveform) + LOG_FLOOR).log().transpose(-1, -2)
+        return log_mel(waveform, self.window, self.mel, self.hop, LOG_FLOOR)
 
     def normalise(self, energies: Tensor) -> Tensor:
         """Zero mean and unit deviation over the corpus: (..., T, F) -> (..., T, F)."""
         return (energies - self.mean) / self.deviation
 
     @torch.no_grad()
+    def clip(self, wave: Tensor) -> Tensor:
+        """Normalised features of one clip on the CPU: (N,) -> (T, F)."""
+        with torch.autocast("cpu", enabled=False):
+            return self.energies(wave.float()).sub_(self.mean).div_(self.deviation)
+
+    @torch.no_grad()
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
+        if waveforms.device.type == "cpu":  # clip by clip stays in the cache
+            clips = [self.clip(wave[:n]) for wave, n in zip(waveforms, lengths.tolist(), strict=True)]
+            return nn.utils.rnn.pad_sequence(clips, batch_first=True), frames
         with torch.autocast(waveforms.device.type, enabled=False):
-            frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
-            if waveforms.device.type != "cpu":
-                x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
-                valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
-                return x * valid[..., None], frames
-            x = waveforms.new_zeros(len(waveforms), int(frames.max()), self.num_bands, dtype=torch.float32)
-            for b, n in enumerate(lengths.tolist()):  # clip by clip stays in the cache
-                x[b, : int(frames[b])] = self.normalise(self.energies(waveforms[b, :n].float()))
-            return x, frames
+            x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
+            valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
+            return x * valid[..., None], frames
 
 
 class Precomputed(nn.Module):
@@ -157,64 +168,15 @@ class Precomputed(nn.Module):
         return (features - self.mean) / self.deviation
 
     @torch.no_grad()
+    def clip(self, matrix: Tensor) -> Tensor:
+        """Normalised features of one clip: (T, F) -> (T, F)."""
+        return self.normalise(matrix.float())
+
+    @torch.no_grad()
     def forward(self, matrices: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(matrices.device.type, enabled=False):
             valid = torch.arange(matrices.shape[1], device=matrices.device) < lengths[:, None]
             return self.normalise(matrices.float()) * valid[..., None], lengths
-
-
-class AugmentConfig(Config):
-    """What training does to a clip; validation and test never see it."""
-
-    speeds: tuple[float, ...] = (1.0,)
-    """Speed and pitch factors, one drawn a clip and epoch (Ko et al. 2015), e.g. [0.9, 1.0, 1.1]. A clip that would be
-    too short for its labels, or too long, is left at 1."""
-    time_masks: int = Field(0, ge=0)
-    """SpecAugment (Park et al. 2019, arXiv:1904.08779): masks along time a clip."""
-    time_mask_frames: int = Field(30, ge=1)
-    """Longest time mask."""
-    time_mask_share: float = Field(0.2, gt=0, le=1)
-    """... but at most this share of the clip."""
-    frequency_masks: int = Field(0, ge=0)
-    """Masks along frequency a clip."""
-    frequency_mask_bands: int = Field(15, ge=1)
-    """Widest frequency mask."""
-
-    @field_validator("speeds")
-    @classmethod
-    def _speeds_can_be_played(cls, speeds: tuple[float, ...]) -> tuple[float, ...]:
-        if not speeds or not all(0.1 <= speed <= 10 for speed in speeds):
-            raise ValueError("wanted one or more factors from 0.1 to 10; take [1.0] for none")
-        return speeds
-
-
-class SpecAugment(nn.Module):
-    """Masks stripes of normalised features by zero, which is the corpus mean; each clip by its own key.
-
-    Shape:
-        x: (B, T, F); lengths: (B,); seeds: B integers -> (B, T, F), changed in place
-    """
-
-    def __init__(self, config: AugmentConfig) -> None:
-        super().__init__()
-        self.masks = torchaudio.transforms.SpecAugment(
-            config.time_masks,
-            config.time_mask_frames,
-            config.frequency_masks,
-            config.frequency_mask_bands,
-            p=config.time_mask_share,
-            zero_masking=True,
-        )
-        self.active = config.time_masks + config.frequency_masks > 0
-
-    def forward(self, x: Tensor, lengths: Tensor, seeds: list[int]) -> Tensor:
-        if self.active:
-            with torch.random.fork_rng(devices=[]):
-                for b, seed in enumerate(seeds):
-                    torch.manual_seed(seed)
-                    clip = x[b, : int(lengths[b])]
-                    clip.copy_(self.masks(clip.T.cpu()).T)
-        return x
 
 
 def stretched(num_samples: NDArray[np.int64], speed: NDArray[np.float64], sample_rate_hz: int) -> NDArray[np.int64]:

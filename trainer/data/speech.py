@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from trainer import keyed
 from trainer.config import Config, Free, show
-from trainer.data.audio import (
-    AudioError,
-    AugmentConfig,
-    FeaturesConfig,
-    LogMel,
-    Precomputed,
-    SpecAugment,
-    change_speed,
-    stretched,
-)
+from trainer.data.audio import AudioError, FeaturesConfig, LogMel, Precomputed, change_speed, stretched
+from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import Batch, Fault, Media
 from trainer.data.index import Index
@@ -50,12 +44,15 @@ class SpeechDataConfig(Config):
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
-    def _only_sound_is_played_faster(self) -> "SpeechDataConfig":
-        if self.features.kind == "precomputed" and self.augment.speeds != (1.0,):
-            raise ValueError(
-                f"augment.speeds = {list(self.augment.speeds)} with features.kind = precomputed: the speed of a "
-                "feature matrix cannot be changed; take [1.0]"
-            )
+    def _only_sound_is_augmented_as_sound(self) -> "SpeechDataConfig":
+        if self.features.kind == "precomputed":
+            for name in ("speeds", "reverberation", "noise", "gain_db"):
+                if getattr(self.augment, name) != AugmentConfig.model_fields[name].default:
+                    value = self.augment.model_dump(mode="json")[name]
+                    raise ValueError(
+                        f"augment.{name} = {value} with features.kind = precomputed: there is no sound to "
+                        "change; leave the key out"
+                    )
         return self
 
     @property
@@ -121,6 +118,20 @@ class Prepared(BaseModel):
             raise UserError(f"{show(path)}: is not what `prepare` writes ({error}); prepare the corpus anew") from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One clip of a batch, before it is padded."""
+
+    key: str
+    audio: Tensor
+    """(T, F) features or (N,) samples."""
+    labels: list[int]
+    noise_key: int
+    checksum: int
+    seconds: float
+    valid: bool
+
+
 class SpeechDataset:
     """One split of a prepared corpus.
 
@@ -151,6 +162,8 @@ class SpeechDataset:
         self.tokens = build_tokens(config, self.prepared)
         self.log_mel = build_log_mel(config, self.prepared)
         self.training = split == "train"
+        sound = self.training and config.features.kind == "log_mel"
+        self.wave_augment = WaveAugment(config.augment, config.sample_rate_hz) if sound else None
         self.spec_augment = SpecAugment(config.augment)
         self.index = Index.load(config.path / split, config.rate_hz)
         self._check_size(self.prepared.splits.get(split), len(self.index), len(self.index.shards))
@@ -208,7 +221,10 @@ class SpeechDataset:
 
     @property
     def identity(self) -> dict[str, str]:
-        return {"samples": f"{len(self)} of index {self.index.digest}", "alphabet": self.tokens.identity}
+        samples = f"{len(self)} of index {self.index.digest}"
+        if self.wave_augment is not None and (recordings := self.wave_augment.identity):
+            samples += f", augmented by recordings {recordings}"
+        return {"samples": samples, "alphabet": self.tokens.identity}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -277,63 +293,56 @@ class SpeechDataset:
             `audio`: (B, T, F) features, or (B, N) waveforms if `features.where` is "model"; `lengths`: (B,) of it;
             `labels`: (sum of label lengths,), `label_lengths`: (B,); `seconds`: (B,).
         """
-        waves, labels, faults, valid = [], [], [], []
+        places, faults = [], []
         for row, speed in zip(micro_batch.samples, micro_batch.speeds, strict=True):
+            name = self.index.keys[row]
+            noise_key = keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0
             try:
-                wave, label = self._sample(row, speed)
+                wave, labels = self._sample(row, speed)
+                if self.wave_augment is not None:
+                    wave = self.wave_augment(wave, noise_key)
+                places.append(self._place(name, wave, labels, noise_key))
             except AudioError as error:
-                faults.append(Fault(self.index.keys[row], str(error)))
-                wave, label = self.log_mel.silence(), []
-            valid.append(not faults or faults[-1].key != self.index.keys[row])
-            waves.append(wave)
-            labels.append(label)
-        noise = [
-            keyed.key(self.seed, micro_batch.epoch, self.index.keys[row]) if self.training else 0
-            for row in micro_batch.samples
-        ]
-        return self._collate([self.index.keys[row] for row in micro_batch.samples], waves, labels, valid, noise, faults)
+                faults.append(Fault(name, str(error)))
+                places.append(self._place(name, self.log_mel.silence(), [], noise_key, valid=False))
+        return self._collate(places, faults)
 
     def dummy(self) -> Batch:
         """Silence just long enough for one frame, not valid."""
-        return self._collate([""], [self.log_mel.silence()], [[]], [False], [0], [])
+        return self._collate([self._place("", self.log_mel.silence(), [], 0, valid=False)], [])
 
-    def _collate(
-        self,
-        keys: list[str],
-        waves: list[Tensor],
-        labels: list[list[int]],
-        valid: list[bool],
-        noise: list[int],
-        faults: Collection[Fault],
-    ) -> Batch:
-        lengths = torch.tensor([len(w) for w in waves])
-        audio = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
-        checksums = [zlib.crc32(w.numpy().tobytes()) for w in waves]
-        noise_keys = torch.tensor(noise)
-        if self.config.features.where == "worker":
-            audio, lengths = self.log_mel(audio, lengths)
-            if self.training:
-                audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
+    def _place(self, key: str, wave: Tensor, labels: list[int], noise_key: int, valid: bool = True) -> "_Place":
+        """All that is to be computed of a clip, while it is in the processor's cache."""
+        audio = self.log_mel.clip(wave) if self.config.features.where == "worker" else wave
+        seconds = len(wave) / self.config.rate_hz
+        return _Place(key, audio, labels, noise_key, zlib.crc32(wave.numpy().data), seconds, valid)
+
+    def _collate(self, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
+        audio = pad_sequence([place.audio for place in places], batch_first=True)
+        lengths = torch.tensor([len(place.audio) for place in places])
+        noise_keys = torch.tensor([place.noise_key for place in places])
+        if self.training and self.config.features.where == "worker":
+            audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
         return {
-            "keys": keys,
-            "valid": torch.tensor(valid),
+            "keys": [place.key for place in places],
+            "valid": torch.tensor([place.valid for place in places]),
             "noise_keys": noise_keys,
-            "checksums": checksums,
-            "faults": list(faults),
+            "checksums": [place.checksum for place in places],
+            "faults": faults,
             "audio": audio,
             "lengths": lengths,
-            "labels": torch.tensor([i for label in labels for i in label], dtype=torch.long),
-            "label_lengths": torch.tensor([len(label) for label in labels]),
-            "seconds": torch.tensor([len(w) / self.config.rate_hz for w in waves]),
+            "labels": torch.tensor([i for place in places for i in place.labels], dtype=torch.long),
+            "label_lengths": torch.tensor([len(place.labels) for place in places]),
+            "seconds": torch.tensor([place.seconds for place in places]),
         }
 
     def media(self, key: str) -> Media:
         """The recording, if there is sound, and the picture of its normalised features."""
         row = self._rows[key]
         samples = self.waveform(row)
-        features, _ = self.log_mel(torch.from_numpy(samples)[None], torch.tensor([len(samples)]))
+        features = self.log_mel.clip(torch.from_numpy(samples))
         sound = samples if samples.ndim == 1 else None
-        return Media(sound, self.config.rate_hz, features[0].T.numpy())
+        return Media(sound, self.config.rate_hz, features.T.numpy())
 
 
 def label_settings(text: TextConfig) -> dict[str, Any]:

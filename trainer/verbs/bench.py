@@ -1,12 +1,12 @@
 """Our speed beside what a user would write instead, as ratios of one interleaved run.
 
     ./launch.sh bench step speech/read_ru        the engine's step against a bare PyTorch loop
-    ./launch.sh bench loader speech/read_ru      the loader against a bare loop, and the time a step waits for it
+    ./launch.sh bench loader speech/read_ru      the loader against webdataset, files and lhotse (where it is installed)
     ./launch.sh bench kernels                    every kernel against torch, a loop, and its own floor, on one thread
 
-The bare loops stand in trainer/bench.py and kernels/bench.py. Lines of blocks are measured against FlashRNN too, where
-`pip install flashrnn packaging einops` was done. Close other programs first; the spread (quartiles) tells
-whether it was quiet.
+The rivals stand in trainer/bench.py, trainer/bench_loader.py and kernels/bench.py. Lines of blocks are measured against
+FlashRNN too, where `pip install flashrnn packaging einops` was done. Close other programs first; the spread (quartiles)
+tells whether it was quiet.
 """
 
 import argparse
@@ -23,18 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="speech/read_ru")
     add_overrides(parser)
     parser.add_argument("--repetitions", type=int, default=7, help="of every way of step and loader (default 7)")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a repetition (default 8)")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a repetition of step (default 8)")
+    parser.add_argument("--hours", type=float, default=1.0, help="of sound for loader (default 1)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line of kernels (default 2)")
     parser.add_argument("--only", default="", help="lines of kernels with this text in their names")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
-    parser.add_argument("--picture", type=Path, help="draw the ratios of kernels there (PNG)")
+    parser.add_argument("--picture", type=Path, help="draw the ratios of kernels or loader there (PNG)")
 
 
 def main(arguments: argparse.Namespace) -> int:
     from trainer import machine
     from trainer.errors import UserError
 
-    for name in ("repetitions", "steps", "seconds"):
+    for name in ("repetitions", "steps", "seconds", "hours"):
         if getattr(arguments, name) <= 0:
             raise UserError(f"--{name} {getattr(arguments, name)}: wanted more than 0")
     result = _kernels(arguments) if arguments.what == "kernels" else _training(arguments)
@@ -48,12 +49,15 @@ def _training(arguments: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer import bench, distributed
+    from trainer import bench, bench_loader, distributed
 
     ranks = distributed.start()
+    what = (arguments.config, arguments.overrides, ranks, arguments.repetitions)
     try:
-        run = bench.bench_step if arguments.what == "step" else bench.bench_loader
-        result = run(arguments.config, arguments.overrides, ranks, arguments.repetitions, arguments.steps)
+        if arguments.what == "step":
+            result = bench.bench_step(*what, arguments.steps)
+        else:
+            result = bench_loader.bench_loader(*what, arguments.hours)
     finally:
         distributed.stop()
     columns = list(next(iter(result["rows"].values())))
@@ -65,10 +69,31 @@ def _training(arguments: argparse.Namespace) -> dict[str, Any]:
         table.add_row(name, *(f"{v['median']:.3f} ({v['low']:.3f}-{v['high']:.3f})" for v in row.values()))
     console = Console()
     console.print(table)
+    if "ratios" in result:
+        console.print(_ratios(result["ratios"]))
+        if arguments.picture:
+            from trainer.plots import loader_ratios
+
+            loader_ratios(result["ratios"], arguments.picture)
     for key, value in result.items():
-        if key != "rows":
+        if key not in ("rows", "ratios"):
             console.print(f"{key.replace('_', ' ')}: {value}", highlight=False)
     return result
+
+
+def _ratios(lines: list[dict[str, Any]]) -> Any:
+    """The loader against each rival, by the clock and by processor time."""
+    from rich.table import Table
+
+    table = Table(title="times as fast: ours (two workers in the last line) against each")
+    for heading in ("", "against", "by the clock", "by processor time", "wanted"):
+        table.add_column(heading)
+    for line in lines:
+        shown = [f"{v['median']:.2f} ({v['low']:.2f}-{v['high']:.2f})" for v in (line["clock"], line["processor"])]
+        missed = line["wanted"] and line["processor"]["median"] < line["wanted"]
+        wanted = f"{line['wanted']:g}" if line["wanted"] else ""
+        table.add_row(line["contest"], line["rival"], *shown, wanted + ("  MISSED" if missed else ""))
+    return table
 
 
 def _kernels(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""Log-mel energies, what a speech recogniser hears of a waveform: the definition, and an operator, fast on a CPU.
+
+`reference` defines them in plain PyTorch. `log_mel` is `ostinato::log_mel` where the C++ of `log_mel.cpp` can take the
+call, and the reference where it cannot (other devices and types, no compiler at install time). Gradients are those of
+the reference, paid for only when somebody asks.
+"""
+
+import ctypes
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from kernels import cpu
+
+_LIBRARY = torch.library.Library("ostinato", "FRAGMENT")
+_LIBRARY.define("log_mel(Tensor waveform, Tensor window, Tensor mel, int hop, float floor) -> Tensor")
+
+SMALLEST_FLOOR = torch.finfo(torch.float32).tiny
+
+
+def reference(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> Tensor:
+    """The definition; arguments as of `log_mel`."""
+    frames = waveform.unfold(-1, len(window), hop) * window  # (..., T, n_fft)
+    spectrum = torch.view_as_real(torch.fft.rfft(frames))
+    power = spectrum.square().sum(-1)  # (..., T, n_fft // 2 + 1)
+    return (power @ mel + floor).log()
+
+
+def log_mel(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> Tensor:
+    """Logarithms of the energies in mel bands, a row a frame; frame t sees the samples from t * hop on and no others.
+
+    The CPU kernel works on one thread and lets other Python threads run meanwhile. A frame has the same bits wherever
+    in a clip it stands.
+
+    Args:
+        waveform: samples, at least n_fft of them.
+        window: what each frame is multiplied by.
+        mel: filter bank, not negative.
+        hop: samples from one frame to the next.
+        floor: added to each energy, more than 0.
+
+    Shape:
+        waveform: (..., N); window: (n_fft,); mel: (n_fft // 2 + 1, F)
+        returns: (..., T, F), T = 1 + (N - n_fft) // hop
+
+    Raises:
+        ValueError: an argument has another shape, type, device or range than it should; the message names both.
+    """
+    _check(waveform, window, mel, hop, floor)
+    if explain(waveform).startswith("C++"):
+        return torch.ops.ostinato.log_mel(waveform, window, mel, hop, floor)
+    return reference(waveform, window, mel, hop, floor)
+
+
+def explain(waveform: Tensor) -> str:
+    """Which path a waveform takes, and why."""
+    if waveform.device.type != "cpu":
+        return f"plain PyTorch: there is no kernel for {waveform.device.type}"
+    if waveform.dtype != torch.float32:
+        return f"plain PyTorch: {waveform.dtype} is not torch.float32"
+    if MISSING is not None:
+        return f"plain PyTorch: {MISSING}"
+    return f"C++ ({cpu.instruction_set()})"
+
+
+def _wrong(name: str, met: object, wanted: object) -> NoReturn:
+    raise ValueError(f"{name} is {met}, wanted {wanted}")
+
+
+def _check(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> None:
+    if window.ndim != 1 or not len(window):
+        _wrong("window", f"of shape {tuple(window.shape)}", "(n_fft,)")
+    n_fft = len(window)
+    if waveform.ndim < 1 or waveform.shape[-1] < n_fft:
+        _wrong("waveform", f"of shape {tuple(waveform.shape)}", f"(..., N) with N at least n_fft = {n_fft}")
+    if mel.ndim != 2 or mel.shape[0] != n_fft // 2 + 1:
+        _wrong("mel", f"of shape {tuple(mel.shape)}", f"({n_fft // 2 + 1}, F) for n_fft = {n_fft}")
+    if hop < 1:
+        _wrong("hop", hop, "1 or more")
+    if not floor >= SMALLEST_FLOOR:
+        _wrong("floor", floor, "more than 0, as a float32")
+    if not waveform.is_floating_point():
+        _wrong("waveform", f"of {waveform.dtype}", "floating point")
+    for name, tensor in (("window", window), ("mel", mel)):
+        if tensor.dtype != waveform.dtype:
+            _wrong(name, f"of {tensor.dtype}", f"{waveform.dtype}, as waveform")
+        if tensor.device != waveform.device:
+            _wrong(name, f"on {tensor.device}", waveform.device)
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("clips", "samples", "n_fft", "hop", "bands")),
+        ("floor", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("waveform", "window", "mel", "out")),
+    ]
+
+
+def _load() -> tuple[Any, str | None]:
+    """The function for this processor, or why there is none."""
+    if cpu.MISSING is not None:
+        return None, cpu.MISSING
+    function = getattr(cpu._LIBRARY, f"log_mel_{cpu.instruction_set()}", None)
+    return function, None if function else "the C++ kernels are older than their source; install the project again"
+
+
+def _empty(waveform: Tensor, window: Tensor, mel: Tensor, hop: int) -> Tensor:
+    frames = 1 + (waveform.shape[-1] - len(window)) // hop
+    return waveform.new_empty(*waveform.shape[:-1], frames, mel.shape[1])
+
+
+def _on_cpu(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> Tensor:
+    out = _empty(waveform, window, mel, hop)
+    inputs = [x.contiguous() for x in (waveform, window, mel)]  # alive until the call returns
+    samples = waveform.shape[-1]
+    call = _Call(waveform.numel() // samples, samples, len(window), hop, mel.shape[1], floor)
+    call.waveform, call.window, call.mel = (x.data_ptr() for x in inputs)
+    call.out = out.data_ptr()
+    if out.numel() and _FUNCTION(ctypes.byref(call)):
+        raise MemoryError(f"no memory for the workspace of log_mel: n_fft = {len(window)}")
+    return out
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.hop, ctx.floor = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    wanted = ctx.needs_input_grad[:3]
+    with torch.enable_grad():
+        own = [x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        waveform, window, mel = own
+        y = reference(waveform, window, mel, ctx.hop, ctx.floor)
+    found = iter(torch.autograd.grad(y, [x for x in own if x.requires_grad], gradient))
+    return *(next(found) if w else None for w in wanted), None, None
+
+
+_LIBRARY.impl("log_mel", _on_cpu, "CPU")
+
+
+@torch.library.register_fake("ostinato::log_mel", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> Tensor:
+    return _empty(waveform, window, mel, hop)
+
+
+torch.library.register_autograd("ostinato::log_mel", _differentiate, setup_context=_remember, lib=_LIBRARY)
+_FUNCTION, MISSING = _load()
