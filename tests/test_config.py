@@ -39,7 +39,7 @@ def write(folder: Path, name: str, text: str) -> str:
         ("data.features.kind=mfcc", ["data.features.kind = 'mfcc'", "'log_mel' or 'precomputed'"]),
         (
             "data={features: {kind: precomputed}, augment: {speeds: [0.9, 1]}}",
-            ["data: augment.speeds = [0.9, 1.0] with features.kind = precomputed", "take [1.0]"],
+            ["data: augment.speeds = [0.9, 1.0] with features.kind = precomputed", "leave the key out"],
         ),
         ("data.corpus={kind: digits, min_digits: 3}", ["data.corpus", "min_digits = 3 is above max_digits = 1"]),
         ("optimizer=adamw", ["optimizer = 'adamw'", "{kind: adamw}", "adamw, rmsprop"]),
