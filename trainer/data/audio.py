@@ -6,6 +6,7 @@ features alone, in a padded batch, and cut into a stream.
 
 import io
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -100,14 +101,26 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
         if waveforms.device.type == "cpu":  # clip by clip stays in the cache
-            clips = [self.clip(wave[:n]) for wave, n in zip(waveforms, lengths.tolist(), strict=True)]
-            return nn.utils.rnn.pad_sequence(clips, batch_first=True), frames
+            return padded([self.clip(wave[:n]) for wave, n in zip(waveforms, lengths.tolist(), strict=True)])
+        frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
         with torch.autocast(waveforms.device.type, enabled=False):
             x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
             valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
             return x * valid[..., None], frames
+
+
+def padded(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Clips (T, ...) as one tensor (B, T, ...) with zeros past each length, and lengths (B,).
+
+    As torch's `pad_sequence`, but what a clip fills is written once.
+    """
+    lengths = [len(clip) for clip in clips]
+    x = clips[0].new_empty(len(clips), max(lengths), *clips[0].shape[1:])
+    for row, clip, length in zip(x, clips, lengths, strict=True):
+        row[:length] = clip
+        row[length:] = 0
+    return x, torch.tensor(lengths)
 
 
 def stretched(num_samples: NDArray[np.int64], speed: NDArray[np.float64], sample_rate_hz: int) -> NDArray[np.int64]:
