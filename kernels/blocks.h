@@ -55,6 +55,8 @@ struct Forward {
     const int64_t n = it.r1 - it.r0, blocks = it.k1 - it.k0;
     std::vector<Block> all = lay_out(it, memory);
     for (int64_t i = team.begin(blocks); i < team.end(blocks); i++) start(all[i], it);
+    for (int64_t t = team.begin(s.T); t < team.end(s.T); t++)
+      for (int64_t r = std::max(rows.running[t], it.r0); r < it.r1; r++) past_the_end(t * s.B + rows.order[r], it);
     team.meet();
     for (int64_t step = 0; step < s.T; step++)
       for (int pass = 0; pass < passes_of(C); pass++) {
@@ -62,8 +64,6 @@ struct Forward {
           const int64_t t = b.backwards ? s.T - 1 - step : step;
           const int64_t active = std::clamp<int64_t>(rows.running[t] - it.r0, 0, n);
           run(b, it, t, step & 1, active, pass, team);
-          if (pass == 0 && team.self == 0)
-            for (int64_t r = active; r < n; r++) past_the_end(t * s.B + rows.order[it.r0 + r], b.k);
         }
         team.meet();
       }
@@ -75,9 +75,10 @@ struct Forward {
       }
   }
 
-  void past_the_end(int64_t frame, int64_t k) const {
-    std::fill_n(at<R>(x.y, frame * s.H + k * s.P), s.P, R(0));
-    if (x.saved) std::fill_n(at<R>(x.saved, s.saved(SAVED, k) + frame * SAVED * s.P), SAVED * s.P, R(0));
+  void past_the_end(int64_t frame, const Item& it) const {
+    std::fill_n(at<R>(x.y, frame * s.H + it.k0 * s.P), (it.k1 - it.k0) * s.P, R(0));
+    for (int64_t k = it.k0; x.saved && k < it.k1; k++)
+      std::fill_n(at<R>(x.saved, s.saved(SAVED, k) + frame * SAVED * s.P), SAVED * s.P, R(0));
   }
 
   void start(Block& b, const Item& it) const {
@@ -262,6 +263,8 @@ struct Backward {
     const int64_t n = it.r1 - it.r0, blocks = it.k1 - it.k0, cut = chunk(it);
     std::vector<Block> all = lay_out(it, memory);
     for (int64_t i = team.begin(blocks); i < team.end(blocks); i++) start(all[i], it);
+    for (int64_t t = team.begin(s.T); t < team.end(s.T); t++)
+      for (int64_t r = std::max(rows.running[t], it.r0); r < it.r1; r++) past_the_end(t * s.B + rows.order[r], it);
     team.meet();
     for (int64_t step = 0; step <= s.T; step++) {
       for (Block& b : all) {
@@ -272,7 +275,7 @@ struct Backward {
           b.now = 0;
           team.meet();
         }
-        through_time(b, it, t, step, active, team);
+        through_time(b, it, t, active, team);
       }
       team.meet();
       if (C == GRU_ORIGINAL && step < s.T) {
@@ -288,6 +291,11 @@ struct Backward {
     for (Block& b : all) weights(b, b.now, team);
     team.meet();
     for (int64_t i = team.begin(blocks); i < team.end(blocks); i++) finish(all[i], it);
+  }
+
+  void past_the_end(int64_t frame, const Item& it) const {
+    for (int g = 0; g < G; g++)
+      std::fill_n(at<R>(x.du, (frame * G + g) * s.H + it.k0 * s.P), (it.k1 - it.k0) * s.P, R(0));
   }
 
   void start(Block& b, const Item& it) const {
@@ -322,7 +330,7 @@ struct Backward {
   };
 
   // The rows of this step, and those that have just ended: their gradient has arrived at the initial state.
-  void through_time(Block& b, const Item& it, int64_t t, int64_t step, int64_t active, Team team) const {
+  void through_time(Block& b, const Item& it, int64_t t, int64_t active, Team team) const {
     const int64_t back = (b.backwards ? 1 : -1) * s.B;
     auto column = [&](const void* p) { return p ? at<R>(p, b.column) : nullptr; };
     const Local l{column(x.y),
@@ -355,10 +363,6 @@ struct Backward {
                   b.backwards};
     const bool simple = !x.mask && !zone_h.on && !zone_c.on && s.padded == s.P;
     simple ? run_tiles<true>(b, l, it, active, team) : run_tiles<false>(b, l, it, active, team);
-    if (team.self == 0 && step < s.T)
-      for (int64_t r = active; r < it.r1 - it.r0; r++)
-        for (int g = 0; g < G; g++)
-          std::fill_n(at<R>(x.du, ((t * s.B + rows.order[it.r0 + r]) * G + g) * s.H + b.column), s.P, R(0));
   }
 
   template <bool SIMPLE>

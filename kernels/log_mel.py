@@ -6,6 +6,8 @@ the reference, paid for only when somebody asks.
 """
 
 import ctypes
+import logging
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +19,8 @@ _LIBRARY = torch.library.Library("ostinato", "FRAGMENT")
 _LIBRARY.define("log_mel(Tensor waveform, Tensor window, Tensor mel, int hop, float floor) -> Tensor")
 
 SMALLEST_FLOOR = torch.finfo(torch.float32).tiny
+SELFTEST_TOLERANCE = 1e-5  # logarithms down to that of the floor, in float32
+log = logging.getLogger(__name__)
 
 
 def reference(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> Tensor:
@@ -48,8 +52,11 @@ def log_mel(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: floa
         ValueError: an argument has another shape, type, device or range than it should; the message names both.
     """
     _check(waveform, window, mel, hop, floor)
-    if explain(waveform).startswith("C++"):
+    path = explain(waveform)
+    if path.startswith("C++"):
         return torch.ops.ostinato.log_mel(waveform, window, mel, hop, floor)
+    if waveform.device.type == "cpu":
+        _say_once(f"log-mel by {path}")
     return reference(waveform, window, mel, hop, floor)
 
 
@@ -62,6 +69,32 @@ def explain(waveform: Tensor) -> str:
     if MISSING is not None:
         return f"plain PyTorch: {MISSING}"
     return f"C++ ({cpu.instruction_set()})"
+
+
+@lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    log.info("%s", text)
+
+
+def selftest() -> int:
+    """Compare the kernel with the definition in float64 on this machine.
+
+    Returns:
+        number of cases that agreed.
+
+    Raises:
+        AssertionError: one did not; the message names it and the error.
+    """
+    sizes = (1, 2, 6, 201, 334, 400, 512, 1024)
+    for n_fft in sizes:
+        generator = torch.Generator().manual_seed(n_fft)
+        wave, window = (torch.rand(n, generator=generator) - 0.5 for n in (20 * n_fft + 7, n_fft))
+        mel = torch.rand(n_fft // 2 + 1, 19, generator=generator)
+        want = reference(wave.double(), window.double(), mel.double(), max(1, n_fft // 3), 1e-6)
+        error = float((log_mel(wave, window, mel, max(1, n_fft // 3), 1e-6) - want).abs().max())
+        if not error <= SELFTEST_TOLERANCE:
+            raise AssertionError(f"log_mel, n_fft = {n_fft}, {explain(wave)}: differs by {error:.1e}")
+    return len(sizes)
 
 
 def _wrong(name: str, met: object, wanted: object) -> NoReturn:

@@ -34,7 +34,7 @@ from trainer.errors import UserError
 from trainer.run import read_lines
 
 CLIPS = 8
-"""Clips in a batch of webdataset and of files; lhotse gets as many seconds."""
+"""Clips in a batch of webdataset and of files; lhotse and ours get as many seconds."""
 PLAIN = ["speeds=[1.0]", "time_masks=0", "frequency_masks=0", "gain_db=[0, 0]", "noise=null", "reverberation=null"]
 """No augmentation: the rivals have none."""
 WANTED = {
@@ -74,6 +74,11 @@ def read_clips(shards: Iterable[Path], hours: float) -> tuple[list[Path], list[C
         if sum(clip.seconds for clip in clips) >= 3600 * hours:
             break
     return used, clips
+
+
+def batch_seconds(clips: list[Clip]) -> float:
+    """What `CLIPS` of them last, or the longest alone."""
+    return max(CLIPS * sum(clip.seconds for clip in clips) / len(clips), *(clip.seconds for clip in clips))
 
 
 def decode(flac: bytes) -> Tensor:
@@ -200,9 +205,11 @@ def contests(config: str, overrides: list[str], hours: float, folder: Path) -> d
     found: dict[str, Contest] = {}
     for name, where in (("waveforms", "model"), ("log-mel", "worker")):
         plain = [*(f"data.augment.{setting}" for setting in PLAIN), f"data.features.where={where}"]
+        first: Any = recipes.load(config, [*overrides, *plain]).build_dataset("train")
+        shards, clips = read_clips(first.index.shards, hours)
+        plain.append(f"plan.micro_batch_seconds={batch_seconds(clips)}")
         dataset: Any = recipes.load(config, [*overrides, *plain]).build_dataset("train")
         rate, log_mel = dataset.config.sample_rate_hz, dataset.log_mel
-        shards, clips = read_clips(dataset.index.shards, hours)
         if not found:
             write_files(clips, folder / "files")
             if importlib.util.find_spec("lhotse"):
@@ -235,8 +242,9 @@ def _ways(
         f"files{suffix}": lambda: drain(with_files(Files(clips, folder / "files", stock))),
     }
     if (shar := folder / "shar").exists():
-        seconds = CLIPS * sum(clip.seconds for clip in clips) / len(clips)
-        ways["lhotse"] = lambda: drain(with_lhotse(shar, log_mel if with_features else None, rate, seconds))
+        ways["lhotse"] = lambda: drain(
+            with_lhotse(shar, log_mel if with_features else None, rate, batch_seconds(clips))
+        )
     if with_features:
         ways["webdataset + our log-mel"] = lambda: drain(with_webdataset(shards, own))
         ways["bare parts, torchaudio"] = lambda: drain(bare(clips, stock))

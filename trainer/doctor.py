@@ -255,11 +255,13 @@ def kernel_selftest() -> str:
     import torch
 
     import kernels
+    from kernels import log_mel
 
     weight = torch.empty(0)
     if not kernels.is_fast(weight, "lstm"):
         raise Problem(f"the CPU runs {kernels.explain(weight)}")
-    said = f"{kernels.explain(weight)}: {sum(kernels.selftest('cpu').values())} cases agree with the definition"
+    number = sum(kernels.selftest("cpu").values()) + log_mel.selftest()
+    said = f"{kernels.explain(weight)}: {number} cases agree with the definition"
     if torch.cuda.is_available():  # not here: every case is compiled first, which takes minutes
         said += """; prove the GPU by: python -c "import kernels; print(kernels.selftest('cuda'))\""""
     return said

@@ -205,12 +205,28 @@ def test_a_wrong_argument_is_named(changed: dict[str, Any], wanted: str) -> None
         log_mel(**(right | changed))
 
 
-def test_without_the_library_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_kernel
+def test_the_self_test_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.selftest() == 8
+    right = module.log_mel
+    monkeypatch.setattr(module, "log_mel", lambda *arguments: right(*arguments) + 1e-4)
+    with pytest.raises(AssertionError, match=r"n_fft = 1, C.*differs by 1\.0e-04"):
+        module.selftest()
+
+
+def test_without_the_library_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everything still works, and one line says why it is slow."""
     wave, (window, mel) = sound(4000), tools(512, 400)
     before = log_mel(wave, window, mel, 160, FLOOR)
     monkeypatch.setattr(module, "MISSING", "the C++ kernels were not built")
     assert explain(wave) == "plain PyTorch: the C++ kernels were not built"
-    after = log_mel(wave, window, mel, 160, FLOOR)
+    module._say_once.cache_clear()
+    with caplog.at_level("INFO", logger="kernels"):
+        for _ in range(2):
+            after = log_mel(wave, window, mel, 160, FLOOR)
+    assert [r.message for r in caplog.records] == ["log-mel by plain PyTorch: the C++ kernels were not built"]
     assert torch.equal(after, reference(wave, window, mel, 160, FLOOR))
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 

@@ -6,6 +6,7 @@ features alone, in a padded batch, and cut into a stream.
 
 import io
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -118,10 +119,9 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
         if waveforms.device.type == "cpu":  # clip by clip stays in the cache
-            clips = [self.clip(wave[:n]) for wave, n in zip(waveforms, lengths.tolist(), strict=True)]
-            return nn.utils.rnn.pad_sequence(clips, batch_first=True), frames
+            return padded([self.clip(wave[:n]) for wave, n in zip(waveforms, lengths.tolist(), strict=True)])
+        frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
         with torch.autocast(waveforms.device.type, enabled=False):
             x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
             valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
@@ -177,6 +177,19 @@ class Precomputed(nn.Module):
         with torch.autocast(matrices.device.type, enabled=False):
             valid = torch.arange(matrices.shape[1], device=matrices.device) < lengths[:, None]
             return self.normalise(matrices.float()) * valid[..., None], lengths
+
+
+def padded(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Clips (T, ...) as one tensor (B, T, ...) with zeros past each length, and lengths (B,).
+
+    As torch's `pad_sequence`, but what a clip fills is written once.
+    """
+    lengths = [len(clip) for clip in clips]
+    x = clips[0].new_empty(len(clips), max(lengths), *clips[0].shape[1:])
+    for row, clip, length in zip(x, clips, lengths, strict=True):
+        row[:length] = clip
+        row[length:] = 0
+    return x, torch.tensor(lengths)
 
 
 def stretched(num_samples: NDArray[np.int64], speed: NDArray[np.float64], sample_rate_hz: int) -> NDArray[np.int64]:

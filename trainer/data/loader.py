@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -37,6 +38,11 @@ class _MicroBatches(TorchDataset[Batch]):
             return self.dataset.dummy() if micro_batch is None else self.dataset.load(micro_batch)
         finally:
             torch.set_num_threads(threads)
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Instead of torch's conversion, which walks through every list of a batch that is complete already."""
+    return batch
 
 
 class Loader:
@@ -76,6 +82,7 @@ class Loader:
         self._loader: DataLoader[Batch] = DataLoader(
             _MicroBatches(dataset),
             batch_size=None,
+            collate_fn=_as_it_is,
             sampler=wanted(),
             num_workers=num_workers,
             prefetch_factor=AHEAD if num_workers else None,

@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from trainer import keyed
 from trainer.config import Config, Free, show
-from trainer.data.audio import AudioError, FeaturesConfig, LogMel, Precomputed, change_speed, stretched
+from trainer.data.audio import AudioError, FeaturesConfig, LogMel, Precomputed, change_speed, padded, stretched
 from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import Batch, Fault, Media
@@ -318,8 +317,7 @@ class SpeechDataset:
         return _Place(key, audio, labels, noise_key, zlib.crc32(wave.numpy().data), seconds, valid)
 
     def _collate(self, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
-        audio = pad_sequence([place.audio for place in places], batch_first=True)
-        lengths = torch.tensor([len(place.audio) for place in places])
+        audio, lengths = padded([place.audio for place in places])
         noise_keys = torch.tensor([place.noise_key for place in places])
         if self.training and self.config.features.where == "worker":
             audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
