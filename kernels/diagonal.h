@@ -33,7 +33,7 @@ struct Diagonal {
     return {width, room, n, h, c, dw, db, bool(x.reverse[it.k0 / (H / x.groups)])};
   }
 
-  int64_t length(int64_t row) const { return x.lengths ? x.lengths[row] : x.T; }
+  int64_t length(int64_t row) const { return x.lengths ? std::clamp<int64_t>(x.lengths[row], 0, x.T) : x.T; }
 
   void forward(const Item& it, Pieces<R> memory) const {
     const auto [width, room, n, h, c, dw, db, backwards] = lay_out(it, memory);

@@ -236,6 +236,11 @@ def recurrence(
         return reference.recurrence(u, weight, *tensors, cell, flags, rates)
     if packed is None:
         packed = pack(weight, cell)
+    elif weight.ndim == 4 and not weight.is_cuda:
+        of_weight = [cpu.empty_packed(weight, bfloat16) for bfloat16 in (False, True)]
+        if not any(packed.shape == x.shape and packed.dtype == x.dtype for x in of_weight):
+            met = f"{packed.dtype} of shape {tuple(packed.shape)}"
+            _wrong("packed", met, f"what pack makes of these weights, of shape {tuple(of_weight[0].shape)}")
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, weight, h0, c0, bias))
     y, h, c, _ = torch.ops.ostinato.recurrence(u, weight, packed, *tensors, cell, flags, rates, needed)
     return y, h, c

@@ -107,7 +107,7 @@ struct Rows {
     if (!x.lengths) return;
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.lengths[a] > x.lengths[b]; });
     for (int64_t r = 0; r < x.B; r++) {
-      length[r] = x.lengths[order[r]];
+      length[r] = std::clamp<int64_t>(x.lengths[order[r]], 0, x.T);  // a compiled graph does not check them
       for (int64_t t = 0; t < length[r]; t++) running[t]++;
     }
   }

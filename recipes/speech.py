@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.data.augment import SpecAugment
 from trainer.data.dataset import Batch
 from trainer.data.prepare import prepare
-from trainer.data.speech import Prepared, SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens
+from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared
 from trainer.data.text import BLANK, PhonesConfig, Tokens
 from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
@@ -57,7 +57,7 @@ class SpeechModel(nn.Module):
 
     def __init__(self, config: SpeechRunConfig) -> None:
         super().__init__()
-        prepared = Prepared.load(config.data.path)
+        prepared = open_prepared(config.data)
         num_classes = len(build_tokens(config.data, prepared))
         self.features_here = config.data.features.where == "model"
         # Part of the model wherever it runs: the statistics travel with the weights.
@@ -105,7 +105,7 @@ class Speech(Recipe[SpeechRunConfig]):
     @cached_property
     def tokens(self) -> Tokens:
         """Labels of the output layer."""
-        return build_tokens(self.config.data, Prepared.load(self.config.data.path))
+        return build_tokens(self.config.data, open_prepared(self.config.data))
 
     def build_model(self) -> SpeechModel:
         return SpeechModel(self.config)

@@ -1,14 +1,23 @@
 """What several tests need: ranks without a launcher, a tiny corpus, a tiny run."""
 
+import io
 import json
 import multiprocessing
 import os
 import pickle
+import tarfile
 import tempfile
 import traceback
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import soundfile
+from webdataset import TarWriter
+
+from trainer.data.index import Entry, index_path, write_index
 
 PRELOADED = [
     "trainer.engine",
@@ -66,6 +75,54 @@ def spoil(folder: Path, count: int) -> list[str]:
     return keys
 
 
+def contents(shard: Path) -> dict[str, tuple[Entry, bytes, bytes]]:
+    """Of each sample of a shard its entry, its sound and its transcript."""
+    whole = shard.read_bytes()
+    lines = index_path(shard).read_text(encoding="utf-8").splitlines()[1:]
+    found = {}
+    for entry in (Entry(**json.loads(line)) for line in lines):
+        sound = whole[entry.audio_offset :][: entry.audio_size]
+        found[entry.key] = (entry, sound, whole[entry.text_offset :][: entry.text_size])
+    return found
+
+
+def repack(shard: Path, changes: dict[str, dict[str, Any]]) -> None:
+    """Write a shard and its index anew with some samples changed, as if the corpus had been like that.
+
+    Args:
+        changes: of a key, what to replace: `sound` and `text` (bytes), and fields of the index.
+    """
+    samples = contents(shard)
+    with shard.open("wb") as stream, TarWriter(stream, mode=0o644, mtime=0, user="", group="") as tar:
+        for key, (_, sound, text) in samples.items():
+            new = changes.get(key, {})
+            tar.write({"__key__": key, "flac": new.get("sound", sound), "txt": new.get("text", text)})
+    with tarfile.open(shard) as opened:
+        members = {member.name: member for member in opened}
+    entries = []
+    for key, (entry, sound, text) in samples.items():
+        new = changes.get(key, {})
+        sound, text = new.get("sound", sound), new.get("text", text)
+        facts = {
+            "audio_offset": members[f"{key}.flac"].offset_data,
+            "audio_size": len(sound),
+            "audio_crc32": zlib.crc32(sound),
+            "text_offset": members[f"{key}.txt"].offset_data,
+            "text_size": len(text),
+            "text_crc32": zlib.crc32(text),
+            **{name: value for name, value in new.items() if name not in ("sound", "text")},
+        }
+        entries.append(replace(entry, **facts))
+    write_index(shard, entries)
+
+
+def encoded(samples: Any, sample_rate_hz: int = 16000, subtype: str = "FLOAT") -> bytes:
+    """A WAV file of some samples."""
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, sample_rate_hz, format="WAV", subtype=subtype)
+    return stream.getvalue()
+
+
 def _child(rank: int, world_size: int, store: str, pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -90,7 +147,7 @@ def _child(rank: int, world_size: int, store: str, pipe: Any, function: Callable
         pipe.close()
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
     """Call `function(ranks, *arguments)` in a process group of its own; the result of each rank.
 
     The processes are forked from a server that has imported torch and DeepSpeed once.
@@ -113,8 +170,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         results = []
         try:
             for process, pipe in children:
-                if not pipe.poll(120):
-                    raise RuntimeError("a rank gave no answer in 120 s")
+                if not pipe.poll(seconds):
+                    raise RuntimeError(f"a rank gave no answer in {seconds:g} s")
                 try:
                     results.append(pickle.loads(pipe.recv_bytes()))
                 except EOFError:

@@ -9,9 +9,10 @@ import torch
 
 from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
-from trainer import bench_loader
+from trainer import bench_loader, bench_plan
 from trainer.__main__ import main
 from trainer.errors import EXIT_USER_MISTAKE
+from trainer.verbs import bench as bench_verb
 
 pytestmark = pytest.mark.distributed
 
@@ -88,11 +89,32 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("line", ["blocks of 64, B=1,", "gru blocks", "lstm blocks"])
 def test_flashrnn_computes_the_same(line: str) -> None:
     pytest.importorskip("flashrnn", reason="measured where a user has installed it")
-    (bench,) = [b for b in kernel_bench.benches() if b.name.startswith(line)]
-    assert "flashrnn" in bench.rivals
-    kernel_bench._agree(bench)
-    _, (_, weight), _ = bench.rivals["flashrnn"]
+    (ours,) = [b for b in kernel_bench.benches() if b.name.startswith(line)]
+    assert "flashrnn" in ours.rivals
+    kernel_bench._agree(ours)
+    _, (_, weight), _ = ours.rivals["flashrnn"]
     with torch.no_grad():
         weight.mul_(1.01)
     with pytest.raises(AssertionError, match="the output of flashrnn differs"):
-        kernel_bench._agree(bench)
+        kernel_bench._agree(ours)
+
+
+def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus is made, merged, planned and read from; each first batch is that of the plan."""
+    small_things = {"CLIPS": 8, "TEMPLATES": 2, "START_METHOD": "fork"}
+    for name, value in small_things.items():
+        monkeypatch.setattr(bench_plan, name, value)
+    monkeypatch.setattr(bench_verb, "LIBRISPEECH_UTTERANCES", 10_000)
+    out = tmp_path / "plan.json"
+    small = ["--sizes=2000", "--per-shard=100", "--world-size=1", "--repetitions=2", f"--folder={tmp_path}"]
+    assert main(["bench", "plan", "speech/tones", "num_workers=0", *small, f"--json={out}"]) == 0
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert (row["utterances"], row["shards"], row["processes"]) == (2000, 20, 1)
+    assert 60 < row["file_bytes_an_utterance"]["index"] < 80
+    assert row["first_batch_seconds"]["worst"] > 0
+    assert all(order["padding_percent"] < 5 for order in result["orders"])
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    capsys.readouterr()
+    assert main(["bench", "plan", "--sizes=many"]) == EXIT_USER_MISTAKE
+    assert "--sizes many: wanted" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from trainer.doctor import requirements
 OWNERS = {
     "deepspeed": {"trainer/distributed.py"},
     "wandb": {"trainer/tracking.py"},
-    "webdataset": {"trainer/data/packing.py", "trainer/bench_loader.py"},
+    "webdataset": {"trainer/data/packing.py", "trainer/bench_loader.py", "trainer/bench_plan.py"},
     "yaml": {"trainer/config.py"},
 }
 VERSIONS_ONLY = {"trainer/doctor.py", "trainer/report.py"}
@@ -81,6 +81,7 @@ def test_the_distribution_is_called_ostinato() -> None:
 
 
 MODULES = {"pyyaml": "yaml", "pillow": "PIL"}  # packages whose module has another name
+EXTRAS = {"botocore": "remote"}  # imported only where the extra is asked for
 
 
 def test_what_is_imported_is_declared() -> None:
@@ -89,4 +90,7 @@ def test_what_is_imported_is_declared() -> None:
     used -= {"kernels", "trainer", "recipes", "triton", "pydantic_core", "flashrnn", "lhotse"} | set(
         sys.stdlib_module_names
     )
-    assert used == {MODULES.get(name, name) for name in requirements()}
+    assert used == {MODULES.get(name, name) for name in requirements()} | set(EXTRAS)
+    text = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    for name, extra in EXTRAS.items():
+        assert f'\n{extra} = ["{name}>=' in text

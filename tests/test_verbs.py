@@ -69,3 +69,24 @@ def test_a_number_of_processes_is_checked(capsys: pytest.CaptureFixture[str], nu
 def test_a_name_is_no_markup(capsys: pytest.CaptureFixture[str], corpus: Path, tmp_path: Path) -> None:
     assert main(["plan", "speech/tones", *overrides(corpus, tmp_path, 'name="[/red]"')]) == 0
     assert "[/red], epoch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("world_size", "wanted"),
+    [
+        (6, "ranks 4 to 5 have nothing to do in any step"),
+        (5, "rank 4 has nothing to do"),
+        (3, "keep the ranks in step; make plan.micro_batches_per_step a multiple of the 3 processes, e.g. 6"),
+        (2, None),
+    ],
+)
+def test_idle_ranks_are_told_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], corpus: Path, tmp_path: Path, world_size: int, wanted: str | None
+) -> None:
+    arguments = overrides(corpus, tmp_path, "plan.max_seconds=2.5", f"world_size={world_size}")
+    assert main(["plan", "speech/tones", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "longer than 2.5 s" in shown
+    assert "forward and backward take" in " ".join(shown.replace("│", " ").split())
+    warnings = [line for line in shown.splitlines() if line.startswith("warning:") and "padding" not in line]
+    assert (wanted in warnings[0]) if wanted else not warnings

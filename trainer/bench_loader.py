@@ -306,6 +306,7 @@ def _ratios(name: str, contest: Contest, timings: dict[str, Timing]) -> list[dic
             "clock": describe([r * share for r in other.over(ours)]),
             "processor": describe([r * share for r in other.cpu_over(ours)]),
             "wanted": WANTED.get((name, rival)),
+            "judged_by": "clock" if rival == "one worker" else "processor",
         }
 
     ours = timings[OURS]
@@ -317,7 +318,7 @@ def _ratios(name: str, contest: Contest, timings: dict[str, Timing]) -> list[dic
     lines.append({**best, "rival": "best of the others", "wanted": WANTED.get((name, "best of the others"))})
     one, two = timings[ONE_WORKER], timings[TWO_WORKERS]
     workers = line("one worker", two, one, 1.0)
-    # Two cores do twice as much in a second as one: what the workers cost each other is what is missing.
+    # What two free cores would give at best, no measurement of speed: that is the clock's.
     workers["processor"] = {k: 2 * v for k, v in workers["processor"].items()}
     return [*lines, workers]
 

@@ -20,16 +20,16 @@ from trainer import checkpoint as checkpoints
 from trainer import config as configuration
 from trainer import distributed, keyed, machine
 from trainer.checkpoint import Checkpoint
-from trainer.data.dataset import Batch
+from trainer.data.dataset import Batch, Dataset, Fault
 from trainer.data.loader import Loader
 from trainer.data.plan import MicroBatch, Step, mine
 from trainer.distributed import CARRIED, Ranks, Slice, Trained
 from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
-from trainer.evaluation import Evaluator, left_out, refuse_too_many, to_device
+from trainer.evaluation import Evaluator, left_out, quarantined, refuse_too_many, to_device
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
 from trainer.recipe import Recipe, State, StepOutput
-from trainer.run import Ledger, RunDirectory, append
+from trainer.run import BEFORE, PLAN, READING, Ledger, RunDirectory, append, read_lines, read_quarantine
 from trainer.signals import StopSignals
 from trainer.tracking import Tracker
 
@@ -64,11 +64,17 @@ class Position:
     excluded: list[str] = field(default_factory=list)
     """Keys left out of this epoch."""
     bad: list[str] = field(default_factory=list)
-    """Keys known to be bad: left out from the next epoch on."""
+    """Keys found to be bad: left out from the next epoch on."""
+    known: list[str] = field(default_factory=list)
+    """Keys that were bad before this run (`RunConfig.quarantine`): left out like those, but no part of the budget."""
     audio_seconds: float = 0.0
     """Sound trained on so far."""
     train_seconds: float = 0.0
     """Wall time of all steps so far."""
+
+    def left_out_later(self) -> list[str]:
+        """Keys left out of the next epoch, as far as is known now."""
+        return sorted({*self.bad, *self.known})
 
 
 class Training:
@@ -100,17 +106,15 @@ class Training:
         self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
         self.carried: dict[int, State] = {}  # by number of the micro-batch, those of this rank
+        self.known: list[Fault] = distributed.on_first(lambda: read_quarantine(config.quarantine, "train"))
         if found is not None:
             self._restore(found)
+            self.position.known = sorted({*self.position.known, *(fault.key for fault in self.known)})
         else:
-            first = self.dataset.plan.epoch(0)
-            for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
-                if not dataset.plan.epoch(0):
-                    reasons = left_out(dataset.plan.rejections) or "it is empty"
-                    raise UserError(f"{config.name}: the split {split} holds no usable sample: {reasons}")
-            self.position.total_steps = config.max_steps or len(first) * config.max_epochs
+            self.position.known = self.position.excluded = sorted(fault.key for fault in self.known)
+            self.position.total_steps = config.max_steps or self._steps_of_an_epoch() * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
-        distributed.on_first(self._record_rejections)
+        distributed.on_first(self._record_what_is_left_out)
         self.machine = machine.describe()
         self.signals = signals or StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)
@@ -135,12 +139,30 @@ class Training:
         model.load_state_dict(best.weights())
         log.info("took the weights of %s", self.config.init_from)
 
-    def _record_rejections(self) -> None:
-        """What the plans leave out from the start."""
-        for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
-            rejected = dataset.plan.rejections
-            facts = {"split": split, "epoch": 0, "step": 0}
-            self.run.add_to_quarantine([{**facts, "key": r.key, "reason": r.reason} for r in rejected])
+    def _splits(self) -> Iterator[tuple[str, Dataset, list[Fault]]]:
+        """Each split with its data and what is known to be bad in it."""
+        yield "train", self.dataset, self.known
+        yield "valid", self.validation.dataset, self.validation.known
+
+    def _steps_of_an_epoch(self) -> int:
+        """Of the first one; all splits must have some."""
+        for split, dataset, known in self._splits():
+            if not dataset.plan.epoch(0, [fault.key for fault in known]):
+                reasons = left_out([*dataset.plan.rejections, *known]) or "it is empty"
+                raise UserError(f"{self.config.name}: the split {split} holds no usable sample: {reasons}")
+        return len(self.dataset.plan.epoch(0, self.position.excluded))
+
+    def _record_what_is_left_out(self) -> None:
+        """What the plans and earlier runs leave out from the start, and what looks odd."""
+        odd = []
+        for split, dataset, known in self._splits():
+            facts = {"split": split, "epoch": self.position.epoch, "step": self.position.step}
+            self.run.add_to_quarantine(quarantined(known, BEFORE, **facts))
+            self.run.add_to_quarantine(quarantined(dataset.plan.rejections, PLAN, **facts))
+            odd += [
+                {"split": split, "key": s.key, "reason": s.reason, "detail": s.detail} for s in dataset.plan.suspicions
+            ]
+        self.run.write_suspicious(odd)
 
     def _compare_data(self) -> None:
         """All ranks must see the same data, or their plans would differ."""
@@ -191,6 +213,7 @@ class Training:
                 stop_after = self.config.validation.early_stop_after
                 self.tracker.say(f"stopped early: no better {self.recipe.monitor} for {stop_after} validations")
             self._save_or_fail()
+            self._tell_what_was_bad()
             exit_code = 0
         except RequeueError:
             exit_code = 75
@@ -198,6 +221,14 @@ class Training:
         finally:
             self.close(exit_code)
         return values
+
+    def _tell_what_was_bad(self) -> None:
+        if not self.ranks.first:
+            return
+        rows = [row for row in read_lines(self.run.quarantine) if row.get("found") == READING]
+        if rows:
+            text = left_out(Fault(row["key"], row["reason"]) for row in rows)
+            self.tracker.say(f"{len(rows)} bad samples were skipped: {text}; see {self.run.quarantine}")
 
     def close(self, exit_code: int) -> None:
         """Close the files and W&B."""
@@ -208,9 +239,13 @@ class Training:
         where = self.position
         if where.step:
             self.tracker.say(f"resumed at step {where.step} (epoch {where.epoch + 1}) of {where.total_steps}")
-        for split, dataset in (("train", self.dataset), ("valid", self.validation.dataset)):
+        for split, dataset, known in self._splits():
             if rejections := dataset.plan.rejections:
                 self.tracker.say(f"{split}: left out of {len(dataset)} samples: {left_out(rejections)}")
+            if known:
+                self.tracker.say(f"{split}: left out as {self.config.quarantine} says: {left_out(known)}")
+            if odd := dataset.plan.suspicions:
+                self.tracker.say(f"{split}: used, but look at them: {left_out(odd)}; see {self.run.suspicious}")
         trained = sum(p.numel() for p in self.trained.module.parameters())
         self.tracker.say(
             f"{self.config.name}: {trained:,} parameters, {self.ranks.world_size} process(es) x "
@@ -231,7 +266,7 @@ class Training:
     def _coming(self) -> Iterator[Step]:
         """The steps from here to the end, if no more samples turn out bad than are known now."""
         where, config = self.position, self.config
-        done, excluded, later = where.step_in_epoch, where.excluded, where.bad
+        done, excluded, later = where.step_in_epoch, where.excluded, where.left_out_later()
         for epoch in range(where.epoch, config.max_epochs):
             yield from self.dataset.plan.epoch(epoch, excluded)[done:]
             done, excluded = 0, later
@@ -243,7 +278,7 @@ class Training:
             the numbers of the last validation, if there was one.
         """
         where, config, ranks = self.position, self.config, self.ranks
-        before, known = where.step, sorted(where.bad)
+        before, known = where.step, where.left_out_later()
         left = None if config.max_steps is None else config.max_steps - where.step
         steps = islice(self._coming(), left)
         loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
@@ -253,7 +288,7 @@ class Training:
             epoch, last = where.epoch, step.last
             if last:
                 where.epoch, where.step_in_epoch = where.epoch + 1, 0
-                where.excluded = sorted(where.bad)
+                where.excluded = where.left_out_later()
             every = config.validation.every_steps
             ended = config.max_steps is not None and where.step >= config.max_steps
             better = False
@@ -288,7 +323,7 @@ class Training:
         set_lr(self.trained.optimizer, lr)
         self.trained.module.train()
         sums: dict[str, float] = {}
-        faults = []
+        faults: list[Fault] = []
         applied = None
         own: list[MicroBatch | None] = mine(step, self.ranks.rank, self.ranks.world_size, self.rounds)
         for micro_batch, batch in zip(own, batches, strict=True):
@@ -374,17 +409,14 @@ class Training:
             f"epoch {where.epoch + 1}  {max(left, 0) / 60:.1f} min left",
         )
 
-    def _quarantine(self, own: list[Any]) -> None:
+    def _quarantine(self, own: list[Fault]) -> None:
         where = self.position
-        rows = [
-            {"split": "train", "key": f.key, "reason": f.reason, "epoch": where.epoch, "step": where.step}
-            for part in distributed.gather(own)
-            for f in part
-        ]
-        where.bad = sorted({*where.bad, *(row["key"] for row in rows)})
+        found = [fault for part in distributed.gather(own) for fault in part]
+        rows = quarantined(found, READING, split="train", epoch=where.epoch, step=where.step)
+        where.bad = sorted({*where.bad, *(fault.key for fault in found)})
         if self.ranks.first:
             for row in self.run.add_to_quarantine(rows):
-                log.warning("bad sample %s: %s", row["key"], row["reason"])
+                log.warning("bad sample %s: %s %s", row["key"], row["reason"], row["detail"])
         refuse_too_many(len(where.bad), len(self.dataset), self.config, self.run.quarantine, rows[-10:])
 
     def _refused(self, own: list[str]) -> None:

@@ -17,7 +17,7 @@ from trainer.distributed import Ranks
 from trainer.errors import UserError
 from trainer.metrics import Mean, add
 from trainer.recipe import Recipe, Row, RunConfig, Split, State
-from trainer.run import RunDirectory
+from trainer.run import BEFORE, READING, RunDirectory, read_quarantine
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,16 @@ def left_out(rejections: Iterable[Rejection | Fault]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in reasons.items())
 
 
+def quarantined(faults: Iterable[Rejection | Fault], found: str, **facts: Any) -> list[dict[str, Any]]:
+    """Rows of a quarantine.
+
+    Args:
+        found: how, see `trainer.run`.
+        facts: split, epoch and step.
+    """
+    return [{**facts, "key": f.key, "reason": f.reason, "detail": f.detail, "found": found} for f in faults]
+
+
 def refuse_too_many(bad: int, total: int, config: RunConfig, path: Path, last: Iterable[Mapping[str, Any]]) -> None:
     """Stop where more samples turned out bad than the configuration allows.
 
@@ -58,7 +68,7 @@ def refuse_too_many(bad: int, total: int, config: RunConfig, path: Path, last: I
         raise UserError(
             f"{path}: {bad} bad samples of {total}, more than max_bad_share = {config.max_bad_share:g} allows "
             f"({allowed}); mend the data or raise it. The last ones:\n"
-            + "\n".join(f"  {row['key']}: {row['reason']}" for row in last)
+            + "\n".join(f"  {row['key']}: {row['reason']} {row['detail']}".rstrip() for row in last)
         )
 
 
@@ -81,6 +91,7 @@ class Evaluator:
         self.dataset = recipe.build_dataset(split)
         self.ranks = ranks
         self.model = recipe.build_model().to(ranks.device).eval()
+        self.known: list[Fault] = distributed.on_first(lambda: read_quarantine(recipe.config.quarantine, split))
 
     @torch.inference_mode()
     def run(self, weights: dict[str, Tensor]) -> Evaluation:
@@ -89,7 +100,8 @@ class Evaluator:
         results = []
         carried: dict[int, State] = {}
         own = slice(self.ranks.rank, None, self.ranks.world_size)  # by number, as in training: a stream stays together
-        for micro_batch in (m for step in self.dataset.plan.epoch(0) for m in step.micro_batches[own]):
+        steps = self.dataset.plan.epoch(0, [fault.key for fault in self.known])
+        for micro_batch in (m for step in steps for m in step.micro_batches[own]):
             batch = self.dataset.load(micro_batch)
             state = carried.pop(micro_batch.number, None)
             output = self.recipe.step(self.model, to_device(batch, self.ranks.device), state)
@@ -125,13 +137,14 @@ class Evaluator:
             UserError: too many are bad, or none was left to score.
         """
         facts = {"split": self.split, "epoch": epoch, "step": step}
-        rows = [{**facts, "key": fault.key, "reason": fault.reason} for fault in evaluation.bad]
+        rows = quarantined(evaluation.bad, READING, **facts)
         if self.ranks.first:
+            run.add_to_quarantine(quarantined(self.known, BEFORE, **facts))
             for row in run.add_to_quarantine(rows):
-                log.warning("bad sample %s (%s): %s", row["key"], self.split, row["reason"])
+                log.warning("bad sample %s (%s): %s %s", row["key"], self.split, row["reason"], row["detail"])
         refuse_too_many(len(rows), len(self.dataset), self.recipe.config, run.quarantine, rows[-10:])
         if not evaluation.scored:
-            reasons = left_out(self.dataset.plan.rejections)
+            reasons = left_out([*self.dataset.plan.rejections, *self.known])
             raise UserError(f"{self.recipe.config.name}: no sample of the split {self.split} can be scored: {reasons}")
 
 

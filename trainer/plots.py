@@ -196,3 +196,29 @@ def loader_ratios(lines: list[dict[str, Any]], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     picture(figure, path)
+
+
+def shard_statistics(seconds: dict[str, list[float]], units: dict[str, int], what: str, path: Path) -> None:
+    """Two histograms: the length of each sample, by group, and how often each character (or phone) occurs."""
+    shown = sorted(units.items(), key=lambda item: -item[1])[:60]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(13, 4.2), layout="constrained", width_ratios=(1, max(1.2, len(shown) / 28))
+    )
+    longest = max((max(s) for s in seconds.values() if s), default=1.0)
+    edges = np.linspace(0, longest, 41)
+    for (name, values), color in zip(seconds.items(), (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9"), strict=False):
+        left.hist(values, edges, histtype="step", linewidth=1.6, color=color, label=name.replace("$", r"\$"))
+    left.set(xlabel="seconds", ylabel="samples (log scale)", yscale="log", title="length")
+    left.legend(fontsize=8, frameon=False)
+    places = np.arange(len(shown))
+    right.bar(places, [count for _, count in shown], color=BLUE)
+    names = [{" ": "space", "$": r"\$"}.get(c, c) for c, _ in shown]
+    right.set_xticks(places, names, fontsize=9)
+    right.tick_params("x", rotation=90 if any(len(n) > 1 for n in names) and len(names) > 40 else 0)
+    more = f", the {len(shown)} most frequent of {len(units)}" if len(units) > len(shown) else ""
+    right.set(yscale="log", ylabel="occurrences (log scale)", title=f"{what}{more}")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    picture(figure, path)

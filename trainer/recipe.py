@@ -90,6 +90,9 @@ class RunConfig(Config):
     """Loader processes of each rank; 0 loads in the rank itself."""
     max_bad_share: Free[float] = Field(0.01, ge=0, le=1)
     """Stop when more than this share of the samples turned out bad."""
+    quarantine: Free[Path | None] = None
+    """quarantine.jsonl of another run, or lines {"key": ...} of your own: these samples are left out from the start. A
+    file that is named when a run is resumed counts from its next epoch on."""
     max_refused_steps: Free[int] = Field(20, ge=0)
     """Stop after so many steps with a non-finite gradient."""
     init_from: Free[Path | None] = None

@@ -5,7 +5,9 @@ runs/NAME/
   checkpoints/       see trainer.checkpoint
   ledger/            rank-00000.jsonl: which samples were in which step, with checksums
   metrics.jsonl      numbers of each step and validation
-  quarantine.jsonl   bad samples of every split, and why
+  quarantine.jsonl   samples of every split that were left out: a row is {"split", "key", "reason", "detail", "found",
+                     "epoch", "step"}, found "by the plan", "by reading" or "before this run"
+  suspicious.jsonl   samples that are used and look odd: {"split", "key", "reason", "detail"}
   refused.jsonl      steps whose gradient was not finite, and their samples
   logs/ wandb/ report.html
 """
@@ -20,7 +22,7 @@ from typing import IO, Any
 
 from trainer import config as configuration
 from trainer.config import show
-from trainer.data.dataset import Batch
+from trainer.data.dataset import Batch, Fault
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,11 +41,13 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.jsonl"
+        self.suspicious = path / "suspicious.jsonl"
         self.refused = path / "refused.jsonl"
         self.ledger = path / "ledger"
         self.logs = path / "logs"
         self.report = path / "report.html"
         self._lock: IO[str] | None = None
+        self._quarantined: set[tuple[str, str]] | None = None  # what is on record, once it was read
 
     @classmethod
     def existing(cls, name: str) -> "RunDirectory":
@@ -96,17 +100,58 @@ class RunDirectory:
         temporary.replace(self.config)
 
     def add_to_quarantine(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Record bad samples ({"split", "key", "reason", "epoch", "step"}) that are not on record yet; those. Rank 0
-        only."""
-        known = {(row.get("split", "train"), row["key"]) for row in read_lines(self.quarantine)}
-        new = [row for row in rows if (row["split"], row["key"]) not in known]
-        append(self.quarantine, new)
-        return new
+        """Record samples that are left out and are not on record yet; returns those. Rank 0 only."""
+        if self._quarantined is None:
+            self._quarantined = {(row.get("split", "train"), row["key"]) for row in read_lines(self.quarantine)}
+        new = {(row["split"], row["key"]): row for row in rows}
+        new = {name: row for name, row in new.items() if name not in self._quarantined}
+        append(self.quarantine, list(new.values()))
+        self._quarantined |= new.keys()
+        return list(new.values())
+
+    def write_suspicious(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record samples that are used and look odd, in place of what was on record; rank 0 only."""
+        self.suspicious.unlink(missing_ok=True)
+        append(self.suspicious, rows)
 
     def cut_back(self, step: int) -> None:
         """Forget what was written after a step, in every file; rank 0 only."""
+        self._quarantined = None
         for path in [self.metrics, self.quarantine, self.refused, *sorted(self.ledger.glob("*.jsonl"))]:
             _keep_lines(path, lambda row: row["step"] <= step)
+
+
+PLAN, READING, BEFORE = "by the plan", "by reading", "before this run"
+"""How a row of a quarantine was found. What a plan leaves out follows from its settings; another run asks its own."""
+
+
+def read_quarantine(path: Path | None, split: str) -> list[Fault]:
+    """The samples of a split that were found to be bad before this run.
+
+    Args:
+        path: a quarantine of another run, or lines {"key": ...}, which hold for every split; None: there is none.
+
+    Raises:
+        UserError: no such file, or a line of it is something else.
+    """
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"quarantine = {path}: cannot be read: {error}; name another file, or null") from error
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            fault = Fault(str(row["key"]), str(row.get("reason", "listed")), str(row.get("detail", "")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f'{show(path)} line {number}: {line[:80]!r}: wanted {{"key": ..., "reason": ...}}; mend or remove it'
+            ) from error
+        if row.get("split", split) == split and row.get("found") != PLAN:
+            found[fault.key] = fault
+    return list(found.values())
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -81,7 +81,7 @@ def test_features_are_normalised_over_the_corpus(corpus) -> None:
 @pytest.mark.parametrize("length", [777, 16000, 16001])
 def test_the_plan_knows_the_length_after_a_change_of_speed(speed: float, length: int) -> None:
     made = len(change_speed(torch.zeros(length), 16000, speed))
-    assert stretched(np.array([length]), np.array([speed]), 16000).tolist() == [made]
+    assert stretched(np.array([length]), speed, 16000).tolist() == [made]
 
 
 def test_the_original_speed_is_drawn_only_if_it_is_named(corpus) -> None:
@@ -102,8 +102,8 @@ def encode(samples: np.ndarray, rate: int = 16000) -> bytes:
     ("content", "reason"),
     [
         (b"this is text", "not audio"),
-        (encode(np.zeros(100, np.float32), 8000), "sample rate 8000 Hz, wanted 16000"),
-        (encode(np.zeros((100, 2), np.float32)), "2 channels"),
+        (encode(np.zeros(100, np.float32), 8000), "wrong sample rate: 8000 Hz, wanted 16000"),
+        (encode(np.zeros((100, 2), np.float32)), "several channels: 2"),
         (encode(np.zeros(0, np.float32)), "no samples"),
         (encode(np.full(100, np.nan, np.float32)), "NaN"),
     ],

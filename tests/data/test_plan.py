@@ -1,32 +1,48 @@
 """The plan is a pure function: every sample once, similar lengths together, nothing of the world in it."""
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from trainer import keyed
-from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, Step, mine
+from trainer.bench_plan import disorder, librispeech_plan
+from trainer.data.plan import PLANS_KEPT, BucketedConfig, BucketedPlan, Lengths, Measures, Step, Steps, mine
+from trainer.errors import UserError
 
 CONFIG = BucketedConfig(micro_batch_seconds=60, micro_batches_per_step=4, num_buckets=10, window_shards=4)
 
 
-def make_lengths(count: int = 700, speeds: tuple[float, ...] = (1.0,)) -> Lengths:
+@dataclass(frozen=True)
+class Samples(Lengths):
+    """Lengths in memory, which a test may change before it makes a plan."""
+
+    seconds: NDArray[np.float64] = field(kw_only=True)
+    feasible: NDArray[np.bool_] = field(kw_only=True)
+    tokens: NDArray[np.int64] = field(kw_only=True)
+
+
+def make_lengths(count: int = 700, speeds: tuple[float, ...] = (1.0,), per_shard: int = 32) -> Samples:
     keys = [f"utterance-{i}" for i in range(count)]
     sample_keys = np.array([keyed.key(k) for k in keys], dtype=np.uint64)
     seconds = 2 + 16 * keyed.uniform(sample_keys, "a") * keyed.uniform(sample_keys, "b")
-    return Lengths(
+    lengths = Samples(
         keys=keys,
         sample_keys=sample_keys,
-        shard=(np.arange(count) // 32).astype(np.int32),
-        tokens=(seconds * 14).astype(np.int64),
+        shard_end=np.minimum(np.arange(per_shard, count + per_shard, per_shard), count),
+        measure=lambda rows: Measures(lengths.seconds[:, rows], lengths.feasible[:, rows], lengths.tokens[rows]),
+        speeds=speeds,
         seconds=np.stack([seconds / s for s in speeds]),
         feasible=np.ones((len(speeds), count), dtype=bool),
-        speeds=speeds,
+        tokens=(seconds * 14).astype(np.int64),
     )
+    return lengths
 
 
-def rows(steps: list[Step]) -> list[int]:
+def rows(steps: Iterable[Step]) -> list[int]:
     return [row for step in steps for m in step.micro_batches for row in m.samples]
 
 
@@ -39,7 +55,7 @@ def test_every_sample_is_used_once_an_epoch() -> None:
 def test_it_is_the_same_for_the_same_inputs_and_another_for_others() -> None:
     lengths = make_lengths(speeds=(0.9, 1.0, 1.1))
     steps = BucketedPlan(CONFIG, lengths, seed=1).epoch(3)
-    assert BucketedPlan(CONFIG, lengths, seed=1).epoch(3) == steps
+    assert list(BucketedPlan(CONFIG, lengths, seed=1).epoch(3)) == list(steps)
     assert rows(BucketedPlan(CONFIG, lengths, seed=1).epoch(4)) != rows(steps)
     assert rows(BucketedPlan(CONFIG, lengths, seed=2).epoch(3)) != rows(steps)
 
@@ -47,7 +63,7 @@ def test_it_is_the_same_for_the_same_inputs_and_another_for_others() -> None:
 def test_a_known_order_never_changes() -> None:
     """A resumed run on another machine or library version must find the order that the first one had."""
     plan = BucketedPlan(CONFIG, make_lengths(), seed=1)
-    assert keyed.key(*rows(plan.epoch(0))) == 3170660767527547023
+    assert keyed.key(*rows(plan.epoch(0))) == 7076711967091920470
 
 
 def test_the_budget_holds_and_steps_are_full_but_one() -> None:
@@ -157,7 +173,7 @@ def test_ranks_share_a_step_in_equal_rounds(world_size: int) -> None:
 
 
 def test_an_empty_split_has_no_steps() -> None:
-    assert BucketedPlan(CONFIG, make_lengths(0), seed=1).epoch(0) == []
+    assert len(BucketedPlan(CONFIG, make_lengths(0), seed=1).epoch(0)) == 0
 
 
 def test_a_speed_that_is_only_there_to_fall_back_on_is_not_drawn() -> None:
@@ -172,3 +188,115 @@ def test_a_speed_that_is_only_there_to_fall_back_on_is_not_drawn() -> None:
     assert set(drawn) == {0.9, 1.1}
     assert 250 < drawn.count(0.9) < 400
     assert {speeds[row] for row in range(50)} == {0.9, 1.0}
+
+
+def test_steps_are_made_when_they_are_asked_for() -> None:
+    """A part, a sum and the worst batches of an epoch are those of its steps."""
+    steps = BucketedPlan(CONFIG, make_lengths(speeds=(0.9, 1.0, 1.1)), seed=1).epoch(0)
+    every = list(steps)
+    assert [step.last for step in every] == [False] * (len(every) - 1) + [True]
+    for part in (slice(5, None), slice(0, 3), slice(4, 4), slice(None)):
+        assert list(steps[part]) == every[part]
+        batches = [m for step in every[part] for m in step.micro_batches]
+        assert steps[part].num_micro_batches() == len(batches)
+        for name, value in steps[part].totals().items():
+            assert value == pytest.approx(sum(step.counts[name] for step in every[part]))
+        worst = steps[part].worst()
+        assert {m.cost for m in worst[:1]} == ({max(m.cost for m in batches)} if batches else set())
+        assert all(len(m.samples) <= max(len(w.samples) for w in worst) for m in batches)
+        assert all(m.cost / len(m.samples) <= max(w.cost / len(w.samples) for w in worst) for m in batches)
+        assert set(worst) <= set(batches)
+        assert set(Steps.worst(every[part])) <= set(batches)  # what a plan that is a list has by itself
+    assert steps[-1] == every[-1]
+
+
+def refuse(self: BucketedPlan, *_: object) -> None:
+    raise AssertionError("it was planned already")
+
+
+def test_a_plan_is_computed_once_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process finds it by everything it depends on, and by nothing else."""
+    lengths = replace(make_lengths(), folder=tmp_path, identity="of this index")
+    first = BucketedPlan(CONFIG, lengths, seed=1).epoch(3, ["utterance-7"])
+    monkeypatch.setattr(BucketedPlan, "_plan", refuse)
+    monkeypatch.setattr(BucketedPlan, "_look", refuse)
+    again = BucketedPlan(CONFIG, lengths, seed=1)
+    assert list(again.epoch(3, ["utterance-7"])) == list(first)
+    for other in ((4, ["utterance-7"]), (3, []), (3, ["utterance-8"])):
+        with pytest.raises(AssertionError, match="planned already"):
+            again.epoch(*other)
+    config = CONFIG.model_copy(update={"num_buckets": 11})
+    for build in (
+        lambda: BucketedPlan(CONFIG, lengths, seed=2).epoch(3, ["utterance-7"]),
+        lambda: BucketedPlan(config, lengths, seed=1),
+        lambda: BucketedPlan(CONFIG, replace(lengths, identity="of another"), seed=1),
+        lambda: BucketedPlan(CONFIG, lengths, seed=1, shuffle=False),
+    ):
+        with pytest.raises(AssertionError, match="planned already"):
+            build()
+
+
+def test_few_plans_are_kept(tmp_path: Path) -> None:
+    plan = BucketedPlan(CONFIG, replace(make_lengths(), folder=tmp_path), seed=1)
+    for epoch in range(PLANS_KEPT + 3):
+        plan.epoch(epoch)
+    assert len(list(tmp_path.glob("plan-*.columns"))) == PLANS_KEPT
+
+
+def test_what_does_not_fill_a_step_waits_for_its_bucket() -> None:
+    """Only in the last window may a step mix buckets."""
+    plan = BucketedPlan(CONFIG, make_lengths(4000), seed=1)
+    steps = list(plan.epoch(0))
+    mixed = []
+    for i, step in enumerate(steps):
+        seconds = plan.lengths.seconds[0][rows([step])]  # type: ignore[attr-defined]
+        mixed.append(len(set(np.searchsorted(plan.edges, seconds, side="right"))) > 1 and i)
+    assert sum(bool(m) for m in mixed) <= CONFIG.num_buckets
+    assert min(m for m in mixed if m) > 0.8 * len(steps)
+
+
+@pytest.mark.parametrize("size", [2, 16, 64])
+def test_librispeech_pads_little_in_a_random_order(size: int) -> None:
+    """At most 5 %, however large the global batch; places and buckets as an order drawn uniformly has them."""
+    config = BucketedConfig(micro_batches_per_step=size)
+    found = disorder(librispeech_plan(config, 40_000, per_shard=64))
+    assert found["padding_percent"] < 5
+    assert found["budget_filled_percent"] > 85
+    assert found["displacement"] == pytest.approx(1 / 3, abs=0.05)
+    assert found["displacement_between_epochs"] == pytest.approx(1 / 3, abs=0.05)
+    assert found["bucket_bits"] > 0.9 * np.log2(20)
+    if size == 2:  # of larger steps there are too few to tell
+        assert found["bucket_bits_given_the_last"] > 0.95 * found["bucket_bits"]
+
+
+def test_long_clips_cost_more_where_memory_grows_with_the_square() -> None:
+    config = CONFIG.model_copy(update={"quadratic_seconds": 20.0})
+    lengths = make_lengths()
+    for m in (m for step in BucketedPlan(config, lengths, seed=1).epoch(0) for m in step.micro_batches):
+        longest = max(lengths.seconds[0][list(m.samples)])
+        assert len(m.samples) * (longest + longest**2 / 20) <= 60 + 1e-9
+        assert m.cost == pytest.approx(longest * len(m.samples))
+    longest = config.longest_seconds
+    assert longest + longest**2 / 20 == pytest.approx(60)
+    lengths.seconds[0, 3] = 1.01 * longest
+    assert [r.key for r in BucketedPlan(config, lengths, seed=1).rejections] == ["utterance-3"]
+
+
+def test_a_long_clip_may_be_an_error() -> None:
+    lengths = make_lengths()
+    lengths.seconds[0, 3] = 61
+    with pytest.raises(UserError, match=r"too_long = error: 1 samples are longer than 60 s: utterance-3 \(.* 61\.00 s"):
+        BucketedPlan(CONFIG.model_copy(update={"too_long": "error"}), lengths, seed=1)
+
+
+def test_an_implausible_speaking_rate_is_told_and_used() -> None:
+    lengths = make_lengths()
+    lengths.tokens[5] = int(lengths.seconds[0, 5] * 60)
+    lengths.tokens[6] = 1
+    lengths.tokens[7] = 0
+    plan = BucketedPlan(CONFIG, lengths, seed=1)
+    assert [s.key for s in plan.suspicions] == ["utterance-5", "utterance-6"]
+    assert plan.suspicions[0].reason == "implausible speaking rate"
+    assert "labels a second, 13." in plan.suspicions[0].detail
+    assert [(r.key, r.reason) for r in plan.rejections] == [("utterance-7", "no label")]
+    assert sorted(rows(plan.epoch(0))) == [i for i in range(700) if i != 7]

@@ -25,7 +25,8 @@ from trainer.data.corpora.base import split_by_text
 from trainer.data.corpora.manifest import ManifestConfig
 from trainer.data.corpora.tones import TonesConfig
 from trainer.data.index import Index
-from trainer.data.prepare import _signals_put_off, prepare
+from trainer.data.parallel import signals_put_off
+from trainer.data.prepare import prepare
 from trainer.data.speech import Prepared, SpeechDataConfig
 from trainer.data.text import TextConfig, ctc_frames
 from trainer.errors import UserError
@@ -323,7 +324,7 @@ ENDLESS = """
 import sys
 from pathlib import Path
 from trainer.data.corpora.tones import TonesConfig
-from trainer.data.prepare import _signals_put_off, prepare
+from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig
 corpus = TonesConfig(num_utterances=3000)
 prepare(SpeechDataConfig(corpus=corpus, path=Path(sys.argv[1]), samples_per_shard=4), processes=2)
@@ -332,7 +333,7 @@ prepare(SpeechDataConfig(corpus=corpus, path=Path(sys.argv[1]), samples_per_shar
 
 def test_a_signal_waits_until_the_pool_can_be_left() -> None:
     """An exception in the middle of the pool's own code would leave a lock held, and the process waiting for it."""
-    with _signals_put_off() as take_signal:
+    with signals_put_off() as take_signal:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             take_signal()

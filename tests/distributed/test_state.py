@@ -22,7 +22,7 @@ class Streams:
     """Three streams, cut into three steps an epoch; also its own plan."""
 
     micro_batches_per_step = STREAMS
-    rejections = ()
+    rejections = suspicions = ()
 
     def __init__(self, split: str) -> None:
         self.identity = {"samples": "three streams"}

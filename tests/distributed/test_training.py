@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import fit, overrides, run_ranks, spoil
+from tests.damage import compare_training
+from tests.helpers import contents, fit, overrides, repack, run_ranks, spoil
 from trainer import checkpoint, distributed
 from trainer.errors import UserError
 from trainer.run import read_ledger, read_lines
@@ -407,7 +408,7 @@ def test_bad_validation_data_is_on_record_once(corpus: Path, tmp_path: Path) -> 
     assert [(row["key"], row["step"]) for row in rows if row["split"] == "valid"] == [(keys[0], 1)]
     long = [row for row in rows if row["reason"] == "longer than 2.5 s"]
     assert long
-    assert {row["step"] for row in long} == {0}
+    assert {(row["step"], row["found"]) for row in long} == {(0, "by the plan")}
 
 
 def no_media(ranks: Any, arguments: list[str]) -> dict[str, Any]:
@@ -465,7 +466,8 @@ def test_bad_samples_are_skipped_recorded_and_left_out(corpus: Path, tmp_path: P
     assert result["loaders"] == 2
     (row,) = read_lines(result["run"] / "quarantine.jsonl")
     assert row["key"] == entry["key"]
-    assert "checksum" in row["reason"]
+    assert "its bytes are not those that were indexed" in row["detail"]
+    assert row["found"] == "by reading"
     ledger = read_ledger(result["run"] / "ledger")
     seen = {epoch: [k for r in ledger if r["epoch"] == epoch for k in r["keys"]] for epoch in (0, 1, 2)}
     assert entry["key"] in seen[0]
@@ -478,6 +480,80 @@ def test_bad_samples_are_skipped_recorded_and_left_out(corpus: Path, tmp_path: P
     shard.write_bytes(content)
     with pytest.raises(RuntimeError, match=r"more than max_bad_share = 0 "):
         run_ranks(2, fit, [*arguments, "name=worse", "max_bad_share=0"])
+
+
+def test_each_damage_is_masked_and_put_on_record(corpus: Path, tmp_path: Path) -> None:
+    """Damaged in all ways and with two shards cut, a run ends normally, sees every good sample once, and has the losses
+    of a run on whole data with those places masked; `python -m tests.damage train` is the long form."""
+    found = compare_training(corpus, tmp_path, 3, (1, 4), [])
+    assert found["damaged"] > 15
+    assert found["difference"] < 1e-5  # the padding of a batch may differ, and with it the order of float sums
+
+
+def keys_in(run: Path) -> set[str]:
+    return {key for row in read_ledger(run / "ledger") for key in row["keys"]}
+
+
+def test_the_quarantine_of_another_run_is_honoured(corpus: Path, tmp_path: Path) -> None:
+    """From the start, in every split, and not as part of the budget; what a plan left out is left to the next plan."""
+    data = shutil.copytree(corpus, tmp_path / "data")
+    bad = [*spoil(data / "train", 2), *spoil(data / "valid", 1)]
+    more = ["max_epochs=1", "validation.every_steps=99"]
+    first = run_ranks(2, fit, overrides(data, tmp_path, *more, "name=first", "plan.max_seconds=2.5", "max_bad_share=1"))
+    quarantine = first[0]["run"] / "quarantine.jsonl"
+    rows = list(read_lines(quarantine))
+    assert {row["key"] for row in rows if row["found"] == "by reading"} == set(bad)
+    assert {row["found"] for row in rows} == {"by reading", "by the plan"}
+
+    second = overrides(data, tmp_path, *more, "name=second", f"quarantine={quarantine}", "max_bad_share=0")
+    result = run_ranks(2, fit_and_listen, [*second, "max_steps=2"])[0]
+    known = [row for row in read_lines(result["run"] / "quarantine.jsonl") if row["found"] == "before this run"]
+    assert {(row["key"], row["split"]) for row in known} == {(k, s) for k, s in zip(bad, SPLITS_OF_BAD, strict=True)}
+    assert {row["reason"] for row in known} == {row["reason"] for row in rows if row["found"] == "by reading"}
+    assert any(text.startswith("train: left out as ") for text in result["said"])
+    assert result["position"]["excluded"] == result["position"]["known"] == sorted(bad[:2])
+    resumed = run_ranks(1, fit, [*second[:-2], "quarantine=null"])[0]  # the checkpoint knows
+    assert not resumed["position"]["bad"]
+    assert resumed["position"]["known"] == sorted(bad[:2])
+    seen = keys_in(result["run"])
+    assert len(seen) == 48
+    assert not seen & set(bad)
+
+
+SPLITS_OF_BAD = ("train", "train", "valid")
+
+
+def test_a_quarantine_named_on_resume_counts_from_the_next_epoch(corpus: Path, tmp_path: Path) -> None:
+    arguments = overrides(corpus, tmp_path, "name=run", "max_epochs=2", "validation.every_steps=99")
+    whole = run_ranks(1, fit, [*arguments, "name=whole"])[0]
+    run_ranks(1, fit, [*arguments, "max_steps=2"])
+    key = read_ledger(whole["run"] / "ledger")[-1]["keys"][0]
+    (tmp_path / "list.jsonl").write_text(json.dumps({"key": key}) + "\n")
+    result = run_ranks(1, fit, [*arguments, f"quarantine={tmp_path / 'list.jsonl'}"])[0]
+    epochs = [[k for r in read_ledger(result["run"] / "ledger") if r["epoch"] == e for k in r["keys"]] for e in (0, 1)]
+    assert [key in keys for keys in epochs] == [True, False]
+    assert len(epochs[0]) == len(epochs[1]) + 1
+
+
+@pytest.mark.parametrize("content", ["no json\n", "[1]\n", '{"reason": "x"}\n', None])
+def test_a_quarantine_that_is_none_is_a_mistake(corpus: Path, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "list.jsonl").write_text(content)
+    with pytest.raises(RuntimeError, match=r"UserError: .*list\.jsonl"):
+        run_ranks(1, fit, overrides(corpus, tmp_path, f"quarantine={tmp_path / 'list.jsonl'}"))
+
+
+def test_odd_samples_are_told_and_used(corpus: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    shard = sorted((data / "train").glob("*.tar"))[0]
+    key = max(contents(shard).items(), key=lambda item: item[1][0].num_samples)[0]
+    repack(shard, {key: {"text": b"a", "label_length": 1, "ctc_frames": 1}})
+    more = ["max_epochs=1", "validation.every_steps=99"]
+    result = run_ranks(1, fit_and_listen, overrides(data, tmp_path, *more))[0]
+    (row,) = read_lines(result["run"] / "suspicious.jsonl")
+    assert (row["key"], row["split"], row["reason"]) == (key, "train", "implausible speaking rate")
+    assert any("1 implausible speaking rate" in text for text in result["said"])
+    assert key in keys_in(result["run"])
 
 
 def test_collectives_raise_alike() -> None:

@@ -156,6 +156,20 @@ def test_compiled_whole_it_computes_the_same(cell: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("structure", ["block", "diagonal"])
+def test_lengths_out_of_range_touch_no_other_memory(structure: str) -> None:
+    """A compiled graph, or a call of the operator itself, does not check them."""
+    weight = torch.rand((1, 2, 16, 16) if structure == "block" else (1, 32)) * 0.1
+    u = torch.randn(5, 3, 32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(lengths: Tensor) -> Tensor:
+        return kernels.recurrence(u, weight, cell="rnn_tanh", lengths=lengths)[0]
+
+    for wrong, meant in (([9, -3, 2], [5, 0, 2]), ([2**60, 5, -(2**60)], [5, 5, 0])):
+        assert torch.equal(compiled(torch.tensor(wrong)), compiled(torch.tensor(meant)))
+
+
 def on_threads(number: int, function: Any) -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(number)
@@ -247,6 +261,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"weight": torch.zeros(1, 2, 4, 4, device="meta")}, "weight is on meta, wanted cpu"),
     ({"reverse": [True, False, True]}, "reverse is 3 flags, wanted a number that divides the 2 blocks"),
     ({"zoneout": 1.0}, "zoneout is"),
+    ({"packed": torch.zeros(3)}, r"packed is torch.float32 of shape \(3,\), wanted what pack makes"),
     ({"cell": "rnn"}, "cell is 'rnn', wanted one of"),
 ]
 

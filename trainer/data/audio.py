@@ -27,6 +27,9 @@ LOG_FLOOR = 1e-6
 MIN_SAMPLE_RATE_HZ = 1000
 """Below it a window of a millisecond would hold no sample."""
 
+MAX_SAMPLES = 2**28
+"""Of one clip: more than four hours at 16 kHz."""
+
 
 class FeaturesConfig(Config):
     """Log-mel energies, normalised by the mean and deviation of each band over the training corpus."""
@@ -192,9 +195,9 @@ def padded(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return x, torch.tensor(lengths)
 
 
-def stretched(num_samples: NDArray[np.int64], speed: NDArray[np.float64], sample_rate_hz: int) -> NDArray[np.int64]:
+def stretched(num_samples: NDArray[np.int64], speed: float, sample_rate_hz: int) -> NDArray[np.int64]:
     """Length of clips after speed perturbation, exactly as `change_speed` returns them."""
-    source = (speed * sample_rate_hz).astype(np.int64)
+    source = int(speed * sample_rate_hz)
     return -(-num_samples * sample_rate_hz // source)
 
 
@@ -211,7 +214,16 @@ def change_speed(waveform: Tensor, sample_rate_hz: int, speed: float) -> Tensor:
 
 
 class AudioError(ValueError):
-    """Audio that cannot be used; the text is the reason."""
+    """Audio that cannot be used.
+
+    Args:
+        reason: why; one of few texts, by which errors are counted.
+        detail: what is particular to this one.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
 
 
 def decode(content: bytes, sample_rate_hz: int) -> NDArray[np.float32]:
@@ -221,13 +233,16 @@ def decode(content: bytes, sample_rate_hz: int) -> NDArray[np.float32]:
         AudioError: not audio, another sample rate, several channels, nothing in it, NaN.
     """
     try:
-        samples, rate = soundfile.read(io.BytesIO(content), dtype="float32")
-    except soundfile.SoundFileError as error:
-        raise AudioError(f"not audio: {error}") from error
-    if rate != sample_rate_hz:
-        raise AudioError(f"sample rate {rate} Hz, wanted {sample_rate_hz}")
-    if samples.ndim != 1:
-        raise AudioError(f"{samples.shape[1]} channels, wanted 1")
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            if file.samplerate != sample_rate_hz:
+                raise AudioError("wrong sample rate", f"{file.samplerate} Hz, wanted {sample_rate_hz}")
+            if file.channels != 1:
+                raise AudioError("several channels", f"{file.channels}, wanted 1")
+            if file.frames > MAX_SAMPLES:  # a flipped bit in a header must not ask for the memory of the machine
+                raise AudioError("not audio", f"its header names {file.frames:,} samples")
+            samples = file.read(dtype="float32")
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: bytes that look like a raw format
+        raise AudioError("not audio", str(error).rpartition(": ")[2].strip(" .")) from error
     if not len(samples):
         raise AudioError("no samples")
     if not np.isfinite(samples).all():

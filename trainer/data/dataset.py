@@ -24,6 +24,9 @@ class Fault:
 
     key: str
     reason: str
+    """One of few texts, by which faults are counted."""
+    detail: str = ""
+    """What is particular to this one."""
 
 
 @dataclass(frozen=True)

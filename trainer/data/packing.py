@@ -249,7 +249,7 @@ def _read_file(utterance: Utterance, path: Path) -> tuple[NDArray[np.float32], i
         if start:
             file.seek(start)
         channels = file.read(stop - start if utterance.end_seconds is not None else -1, "float32", always_2d=True)
-        if missing := _missing(file, len(channels), stop - start):
+        if missing := missing_sound(file, len(channels), stop - start):
             raise AudioError(f"ends early, {missing}")
     if utterance.channel is not None:
         if utterance.channel >= channels.shape[1]:
@@ -277,7 +277,7 @@ def read_features(utterance: Utterance, num_bands: int) -> NDArray[np.float32]:
         raise AudioError(f"{named}: cannot be read: {error.strerror}; {cure}") from error
 
 
-def _missing(file: soundfile.SoundFile, num_read: int, num_wanted: int) -> str:
+def missing_sound(file: soundfile.SoundFile, num_read: int, num_wanted: int) -> str:
     """What a file that was cut short lacks, or nothing."""
     # Of WAV, AIFF and AU, libsndfile corrects the length by the size of the file, and says so here.
     found = re.search(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.M)
@@ -343,14 +343,17 @@ def _entries(shard: Path, task: Task, lengths: list[int]) -> list[Entry]:
         for sample, length in zip(task.samples, lengths, strict=True):
             audio, text = (members[f"{sample.utterance.key}.{ending}"] for ending in (task.member, "txt"))
             file.seek(audio.offset_data)
+            audio_crc32 = zlib.crc32(file.read(audio.size))
+            file.seek(text.offset_data)
             entries.append(
                 Entry(
                     key=sample.utterance.key,
                     audio_offset=audio.offset_data,
                     audio_size=audio.size,
-                    audio_crc32=zlib.crc32(file.read(audio.size)),
+                    audio_crc32=audio_crc32,
                     text_offset=text.offset_data,
                     text_size=text.size,
+                    text_crc32=zlib.crc32(file.read(text.size)),
                     num_samples=length,
                     label_length=sample.label_length,
                     ctc_frames=sample.ctc_frames,

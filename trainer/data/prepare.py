@@ -12,40 +12,37 @@ import fcntl
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait as wait_for_connection
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import rich.console
-import rich.progress
 import rich.table
-import torch
 
 from trainer.config import plain, show
+from trainer.data.audio import FeaturesConfig
 from trainer.data.corpora.base import MAX_SHOWN, SPLITS, BadLinesError, SplitName, Utterance, listing, split_by_text
 from trainer.data.index import index_path
 from trainer.data.packing import NOTES, Note, Sample, Task, feature_settings, is_done, note_path, read_note, write_shard
-from trainer.data.speech import BandStatistics, Prepared, SpeechDataConfig, SplitInfo, label_settings, write_prepared
+from trainer.data.parallel import Display, results, stop_by_exception
+from trainer.data.speech import (
+    BandStatistics,
+    Prepared,
+    SpeechDataConfig,
+    SplitInfo,
+    label_settings,
+    shard_file,
+    write_prepared,
+)
 from trainer.data.text import SUBWORDS_FILE, SubwordsConfig, ctc_frames
-from trainer.errors import RequeueError, UserError
-from trainer.signals import STOP_SIGNALS
+from trainer.errors import UserError
 
 MIN_DEVIATION = 1e-3
 """Of a band: one that is silent everywhere must not be divided by zero."""
-PLAIN_LINE_SECONDS = 10.0
-SIGNAL_SECONDS = 0.2
-"""A signal waits so long at most."""
 
 
 def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
@@ -66,11 +63,16 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
     started = time.monotonic()
     console = rich.console.Console()
     root = config.path
+    if config.remote.url:
+        raise UserError(
+            "data.remote.url: the corpus is prepared where it lies, and data.path is only a copy of it; leave "
+            "data.remote.url out to prepare one here"
+        )
     try:
         (root / NOTES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.path = {root}: cannot be made: {error.strerror}; choose another folder") from error
-    with _only_one(root), _stop_by_exception(), _Display(console) as display:
+    with _only_one(root), stop_by_exception("prepare"), Display(console) as display:
         _refuse_another_corpus(config)
         problems: list[str] = []
         try:
@@ -110,7 +112,7 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
 
     done = f"{len(todo)} of {len(tasks)} shards written in {time.monotonic() - started:.0f} s" if todo else "up to date"
     console.print(f"{show(root)}: {done}", highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(prepared))
+    console.print(size_table(prepared))
     return prepared
 
 
@@ -309,96 +311,17 @@ def _remove(shard: Path) -> None:
 # --- all shards, in parallel -----------------------------------------------------------------------------------------
 
 
-def _write_all(tasks: list[Task], processes: int, display: "_Display") -> list[str]:
+def _write_all(tasks: list[Task], processes: int, display: Display) -> list[str]:
     """Write shards; returns what is wrong with their samples, in the order of the corpus."""
     total = sum(len(task.samples) for task in tasks)
     problems: dict[int, list[str]] = {}
     done = 0
-    with contextlib.closing(_results(tasks, min(processes, len(tasks)))) as results:
-        for number, found in results:
+    with contextlib.closing(results(write_shard, tasks, min(processes, len(tasks)))) as finished:
+        for number, found in finished:
             problems[number] = found
             done += len(tasks[number].samples)
             display("writing shards (utterances)", done, total)
     return [line for number in sorted(problems) for line in problems[number]]
-
-
-def _results(tasks: list[Task], processes: int) -> Generator[tuple[int, list[str]], None, None]:
-    """(number of the task, its problems) as they are finished."""
-    if processes <= 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker: the sums must come out the same
-        try:
-            for number, task in enumerate(tasks):
-                yield number, write_shard(task)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    others = set(multiprocessing.active_children())
-    # Forked: a spawned worker spends seconds on importing torch, and wants a main module that can be imported.
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    pool = ProcessPoolExecutor(processes, context, _start_worker, ())
-    with _signals_put_off() as take_signal:
-        try:
-            running: dict[Future[list[str]], int] = {pool.submit(write_shard, t): n for n, t in enumerate(tasks)}
-            while running:
-                take_signal()
-                for future in wait(running, SIGNAL_SECONDS, FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "prepare: a worker process was killed, most often because the memory was used up; finished shards are "
-                "kept, run the command again with fewer processes"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _signals_put_off() -> Iterator[Callable[[], None]]:
-    """Keep signals until they are asked for: an exception that a handler raises inside the pool's code would leave one
-    of its locks held for ever.
-
-    Yields:
-        what lets the first one that came go to its own handler, which may raise.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None  # only the main thread has handlers
-        return
-    came: list[int] = []
-    handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in STOP_SIGNALS}
-
-    def take() -> None:
-        if came and callable(handler := handlers[signal.Signals(number := came.pop())]):
-            handler(number, None)
-
-    try:
-        yield take
-        take()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _start_worker() -> None:
-    """Leave signals to the parent, and go when it has gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    process = multiprocessing.parent_process()
-    assert process is not None
-
-    def follow() -> None:
-        # Workers forked later hold an end of this pipe too, so it closes after they have gone: the last one first.
-        wait_for_connection([process.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -420,53 +343,6 @@ def _only_one(root: Path) -> Iterator[None]:
                 left.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _stop_by_exception() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 become an exception, so that workers and half-written files are cleared away."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise RequeueError("prepare was stopped by a signal; finished shards are kept, run it again to go on")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Display:
-    """How far it is: a bar on a terminal, elsewhere a plain line every ten seconds."""
-
-    def __init__(self, console: rich.console.Console) -> None:
-        self.console = console
-        # No refresh thread: workers are forked, and a lock that it holds would stay locked in them.
-        self.bar = rich.progress.Progress(console=console, auto_refresh=False) if console.is_terminal else None
-        self.bars: dict[str, rich.progress.TaskID] = {}
-        self.last = time.monotonic()
-
-    def __enter__(self) -> "_Display":
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self.bar is not None:
-            if what not in self.bars:
-                self.bars[what] = self.bar.add_task(what, total=total)
-            self.bar.update(self.bars[what], completed=done, refresh=True)
-        elif done >= total or time.monotonic() - self.last > PLAIN_LINE_SECONDS:
-            self.last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,} ({100 * done // max(total, 1)} %)", flush=True)
-
-
 # --- what was made ---------------------------------------------------------------------------------------------------
 
 
@@ -477,10 +353,6 @@ def _summary(config: SpeechDataConfig, cleaned: Cleaned, vocabulary: str | None,
         note = read_note(task.note)
         assert note is not None, f"{task.note} vanished"
         notes[task.split].append(note)
-    frames = sum(note.frames for note in notes["train"])
-    mean = np.sum([note.sums for note in notes["train"]], axis=0) / frames
-    variance = np.sum([note.squares for note in notes["train"]], axis=0) / frames - mean**2
-    deviation = np.sqrt(variance.clip(min=MIN_DEVIATION**2))
     return Prepared(
         corpus=plain(config.corpus)["kind"],
         sample_rate_hz=config.rate_hz,
@@ -493,13 +365,21 @@ def _summary(config: SpeechDataConfig, cleaned: Cleaned, vocabulary: str | None,
                 samples=sum(note.samples for note in group),
                 hours=sum(note.waveform_samples for note in group) / config.rate_hz / 3600,
                 shards=len(group),
+                files={task.shard.name: shard_file(task.shard) for task in tasks if task.split == split},
             )
             for split, group in notes.items()
         },
-        statistics=BandStatistics(
-            **feature_settings(config.features), mean=mean.tolist(), deviation=deviation.tolist()
-        ),
+        statistics=band_statistics(config.features, notes["train"]),
     )
+
+
+def band_statistics(features: FeaturesConfig, notes: Sequence[Note]) -> BandStatistics:
+    """Mean and deviation of each band over all shards, from the sums of each."""
+    frames = sum(note.frames for note in notes)
+    mean = np.sum([note.sums for note in notes], axis=0) / frames
+    variance = np.sum([note.squares for note in notes], axis=0) / frames - mean**2
+    deviation = np.sqrt(variance.clip(min=MIN_DEVIATION**2))
+    return BandStatistics(**feature_settings(features), mean=mean.tolist(), deviation=deviation.tolist())
 
 
 def _is_written(prepared: Prepared, root: Path) -> bool:
@@ -509,7 +389,7 @@ def _is_written(prepared: Prepared, root: Path) -> bool:
         return False
 
 
-def _table(prepared: Prepared) -> rich.table.Table:
+def size_table(prepared: Prepared) -> rich.table.Table:
     table = rich.table.Table()
     for heading in ("split", "utterances", "hours", "shards"):
         table.add_column(heading, justify="left" if heading == "split" else "right")

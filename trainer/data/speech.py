@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,16 @@ from trainer.data.audio import AudioError, FeaturesConfig, LogMel, Precomputed, 
 from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import Batch, Fault, Media
-from trainer.data.index import Index
-from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, MicroBatch
+from trainer.data.index import Index, index_path
+from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, Measures, MicroBatch
+from trainer.data.reader import ShardReader
+from trainer.data.remote import GIGABYTE, Ahead, Cache, RemoteConfig, mirror
+from trainer.data.tars import transcript
 from trainer.data.text import SUBWORDS_FILE, SubwordsConfig, TextConfig, Tokens, UnknownCharacterError
+from trainer.data.transfer import TransferError
 from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class SpeechDataConfig(Config):
@@ -34,7 +40,8 @@ class SpeechDataConfig(Config):
     corpus: CorpusConfig = ManifestConfig()
     """The raw corpus that `prepare` reads."""
     path: Free[Path] = Path("data/speech")
-    """Folder of the prepared shards."""
+    """Folder of the prepared shards, or of the local copy of those at `remote.url`."""
+    remote: Free[RemoteConfig] = RemoteConfig()
     sample_rate_hz: PositiveInt = 16000
     """Audio is resampled to this by `prepare`; not used where the features are precomputed."""
     samples_per_shard: PositiveInt = 64
@@ -60,12 +67,22 @@ class SpeechDataConfig(Config):
         return self.features.rate_hz(self.sample_rate_hz)
 
 
+class ShardFile(BaseModel):
+    """What tells whether a shard and its index are the ones that were made."""
+
+    bytes: int
+    """Size of the tar."""
+    index_crc32: int
+
+
 class SplitInfo(BaseModel):
     """Size of one prepared split."""
 
     samples: int
     hours: float
     shards: int
+    files: dict[str, ShardFile] = {}
+    """The shards by name: elsewhere there may be nothing that lists a folder."""
 
 
 class BandStatistics(BaseModel):
@@ -77,6 +94,10 @@ class BandStatistics(BaseModel):
     hop_ms: float
     mean: list[float]
     deviation: list[float]
+
+
+FOREIGN = "shards"
+"""What `corpus.json` calls a corpus whose shards were made elsewhere."""
 
 
 class Prepared(BaseModel):
@@ -97,6 +118,10 @@ class Prepared(BaseModel):
     """What transcripts held that is not in the alphabet, and was dropped or became a space: how often each."""
     splits: dict[str, SplitInfo]
     statistics: BandStatistics
+
+    def reading(self, text: TextConfig) -> TextConfig:
+        """How a transcript in the shards is read: what others wrote is normalised, what `prepare` wrote is already."""
+        return text if self.corpus == FOREIGN else text.model_copy(update={"lowercase": False, "map": {}})
 
     @classmethod
     def load(cls, folder: Path) -> "Prepared":
@@ -156,9 +181,11 @@ class SpeechDataset:
         self.config = config
         self.split = split
         self.seed = seed
-        self.prepared = Prepared.load(config.path)
+        self.prepared = open_prepared(config)
         self._check(config, self.prepared)
         self.tokens = build_tokens(config, self.prepared)
+        self._reading = self.prepared.reading(config.text)
+        self._alphabet = config.text.alphabet or self.prepared.alphabet
         self.log_mel = build_log_mel(config, self.prepared)
         self.training = split == "train"
         sound = self.training and config.features.kind == "log_mel"
@@ -166,30 +193,33 @@ class SpeechDataset:
         self.spec_augment = SpecAugment(config.augment)
         self.index = Index.load(config.path / split, config.rate_hz)
         self._check_size(self.prepared.splits.get(split), len(self.index), len(self.index.shards))
+        self._reader = ShardReader(self.index.shards)
+        self._num_output_frames = num_output_frames
+        cut = self.training and plan.too_long == "cut"
+        self._cut_samples = int(plan.longest_seconds * config.rate_hz) if cut else None
         speeds = config.augment.speeds if self.training else (1.0,)
         num_drawn = len(speeds)
         if 1.0 not in speeds:  # to fall back on, see `Lengths`
             speeds = (*speeds, 1.0)
-        num_samples = np.stack(
-            [stretched(self.index.num_samples, np.full(len(self.index), s), config.rate_hz) for s in speeds]
-        )
-        frames = num_output_frames(self.log_mel.num_frames(num_samples))
+        self._speeds = speeds
         self.plan = BucketedPlan(
             plan,
             Lengths(
                 keys=self.index.keys,
                 sample_keys=self.index.sample_keys,
-                shard=self.index.shard,
-                tokens=self.index.label_length,
-                seconds=num_samples / config.rate_hz,
-                feasible=frames >= self.index.ctc_frames,
+                shard_end=self.index.shard_end,
+                measure=self._measure,
                 speeds=speeds,
                 num_drawn=num_drawn,
+                identity=self._lengths_identity(),
+                folder=self.index.folder,
             ),
             seed,
             shuffle=self.training,
         )
-        self._files: dict[int, int] = {}
+        self._cache = _open_cache(config, split, self.prepared, plan) if config.remote.url else None
+        self._names = [f"{split}/{shard.name}" for shard in self.index.shards]
+        self._ahead = Ahead(self._names, seed, plan.window_shards if self.training else None)
 
     @staticmethod
     def _check(config: SpeechDataConfig, prepared: Prepared) -> None:
@@ -228,17 +258,51 @@ class SpeechDataset:
     def __len__(self) -> int:
         return len(self.index)
 
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {name: row for row, name in enumerate(self.index.keys)}
+    def _measure(self, rows: NDArray[np.int64]) -> Measures:
+        """See `Lengths`."""
+        index, rate = self.index, self.config.rate_hz
+        num_samples = index.num_samples[rows].astype(np.int64)
+        tokens = index.label_length[rows].astype(np.int64)
+        ctc_frames = index.ctc_frames[rows].astype(np.int64)
+        if self._cut_samples is not None:
+            kept = np.minimum(num_samples, self._cut_samples)
+            ctc_frames -= tokens  # repeats: those of a part are no more than those of the whole
+            tokens = tokens * kept // np.maximum(num_samples, 1)
+            ctc_frames += tokens
+            num_samples = kept
+        stretched_samples = np.stack([stretched(num_samples, s, rate) for s in self._speeds])
+        frames = self._num_output_frames(self.log_mel.num_frames(stretched_samples))
+        return Measures(stretched_samples / rate, frames >= ctc_frames, tokens)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+    def _lengths_identity(self) -> str:
+        """Whatever `_measure` depends on: a kept plan is found by it."""
+        longest = int(self.index.num_samples.max(initial=0))
+        most = max(int(stretched(np.array([longest]), s, self.config.rate_hz)[0]) for s in self._speeds)
+        frames = np.arange(int(self.log_mel.num_frames(np.array([most]))[0]) + 1)
+        features = self.config.features.model_dump(mode="json", exclude={"where"})
+        outputs = np.asarray(self._num_output_frames(frames), dtype=np.int64)  # all that the model does to a length
+        digest = hashlib.blake2b(outputs.tobytes(), digest_size=8).hexdigest()
+        return json.dumps([self.index.digest, features, self._cut_samples, digest])
 
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
-        return os.pread(self._files[shard], size, offset)
+    def _read(self, row: int, offset: int, size: int) -> bytes:
+        """Contents of a member.
+
+        Raises:
+            AudioError: the shard has not all of it, or never came.
+        """
+        shard = int(self.index.shard[row])
+        try:
+            if self._cache is None:
+                content = self._reader.read(shard, offset, size)
+            else:
+                content = os.pread(self._cache.open(self._names[shard]).fileno(), size, offset)
+        except TransferError as error:
+            raise AudioError("missing", f"{self._names[shard]} never came: {error}") from error
+        except OSError as error:
+            raise AudioError("shard cannot be read", str(error.strerror)) from error
+        if len(content) < size:
+            raise AudioError("shard is cut short", f"{len(content)} of {size} bytes at {offset}")
+        return content
 
     def waveform(self, row: int) -> NDArray[np.float32]:
         """Samples (N,) of one recording, or its feature matrix (T, F).
@@ -247,24 +311,39 @@ class SpeechDataset:
             AudioError: it cannot be read; the text is the reason.
         """
         entry = self.index.entries[row]
+        content = self._read(row, entry.audio_offset, entry.audio_size)
+        intact = zlib.crc32(content) == entry.audio_crc32
+        if not intact and not content.strip(b"\0"):
+            raise AudioError("zero bytes", f"{len(content)} of them in place of sound")
         try:
-            content = self._pread(int(self.index.shard[row]), entry.audio_offset, entry.audio_size)
-        except OSError as error:
-            raise AudioError(f"cannot be read: {error.strerror}") from error
-        if len(content) < entry.audio_size:
-            raise AudioError(f"the shard ends after {len(content)} of {entry.audio_size} bytes")
-        if zlib.crc32(content) != entry.audio_crc32:
+            samples = self.log_mel.decode(content)
+        except AudioError as error:  # says more than the checksum does
+            changed = "" if intact else "; its bytes are not those that were indexed"
+            raise AudioError(error.reason, error.detail + changed) from error
+        if not intact:
             raise AudioError("checksum differs from the index")
-        samples = self.log_mel.decode(content)
         if len(samples) != entry.num_samples:
-            raise AudioError(f"{len(samples)} samples, the index says {entry.num_samples}")
+            raise AudioError("another length than the index says", f"{len(samples)} samples, not {entry.num_samples}")
         return samples
 
     def text(self, row: int) -> str:
-        """Normalised transcript of one recording."""
+        """Normalised transcript of one recording.
+
+        Raises:
+            AudioError: it cannot be read; the text is the reason.
+            UnknownCharacterError: it holds what the alphabet has not, and no rule says what becomes of that.
+        """
         entry = self.index.entries[row]
-        content = self._pread(int(self.index.shard[row]), entry.text_offset, entry.text_size)
-        return content.decode("utf-8")
+        content = self._read(row, entry.text_offset, entry.text_size)
+        if zlib.crc32(content) != entry.text_crc32:
+            raise AudioError("transcript's checksum differs from the index")
+        try:
+            text, outside = self._reading.normalise(transcript(content), self._alphabet)
+        except UnicodeDecodeError as error:
+            raise AudioError("transcript is not UTF-8", str(error)) from error
+        if outside and self._reading.unknown == "error":
+            raise UnknownCharacterError(" ".join(map(repr, sorted(outside))))
+        return text
 
     def _sample(self, row: int, speed: float) -> tuple[Tensor, list[int]]:
         """Waveform as the model gets it, and labels.
@@ -274,14 +353,14 @@ class SpeechDataset:
         """
         samples = torch.from_numpy(self.waveform(row))
         try:
-            text = self.text(row)
-            labels = self.tokens.encode(text)
-        except UnicodeDecodeError as error:
-            raise AudioError(f"transcript is not UTF-8: {error}") from error
+            labels = self.tokens.encode(self.text(row))
         except UnknownCharacterError as error:
-            raise AudioError(f"transcript holds {error}, which is not in the alphabet") from error
-        if len(labels) != self.index.label_length[row]:
-            raise AudioError(f"transcript has {len(labels)} labels, the index says {self.index.label_length[row]}")
+            raise AudioError("transcript holds what is not in the alphabet", str(error)) from error
+        if len(labels) != (wanted := int(self.index.label_length[row])):
+            raise AudioError("another number of labels than the index says", f"{len(labels)}, not {wanted}")
+        if self._cut_samples is not None and len(samples) > self._cut_samples:
+            labels = labels[: len(labels) * self._cut_samples // len(samples)]
+            samples = samples[: self._cut_samples]
         return change_speed(samples, self.config.rate_hz, speed), labels
 
     def load(self, micro_batch: MicroBatch) -> Batch:
@@ -292,6 +371,10 @@ class SpeechDataset:
             `audio`: (B, T, F) features, or (B, N) waveforms if `features.where` is "model"; `lengths`: (B,) of it;
             `labels`: (sum of label lengths,), `label_lengths`: (B,); `seconds`: (B,).
         """
+        if self._cache is not None:
+            shards = {int(self.index.shard[row]) for row in micro_batch.samples}
+            if (ahead := self._ahead(micro_batch.epoch, shards)) is not None:
+                self._cache.prefetch(ahead)
         places, faults = [], []
         for row, speed in zip(micro_batch.samples, micro_batch.speeds, strict=True):
             name = self.index.keys[row]
@@ -302,7 +385,7 @@ class SpeechDataset:
                     wave = self.wave_augment(wave, noise_key)
                 places.append(self._place(name, wave, labels, noise_key))
             except AudioError as error:
-                faults.append(Fault(name, str(error)))
+                faults.append(Fault(name, error.reason, error.detail))
                 places.append(self._place(name, self.log_mel.silence(), [], noise_key, valid=False))
         return self._collate(places, faults)
 
@@ -336,11 +419,54 @@ class SpeechDataset:
 
     def media(self, key: str) -> Media:
         """The recording, if there is sound, and the picture of its normalised features."""
-        row = self._rows[key]
+        row = self.index.row(key)
         samples = self.waveform(row)
         features = self.log_mel.clip(torch.from_numpy(samples))
         sound = samples if samples.ndim == 1 else None
         return Media(sound, self.config.rate_hz, features.T.numpy())
+
+
+def open_prepared(config: SpeechDataConfig) -> Prepared:
+    """What `corpus.json` says, which is brought here first if the corpus lies elsewhere.
+
+    Raises:
+        UserError: there is none, or it cannot be had.
+    """
+    if config.remote.url:
+        mirror(config.path, config.remote)
+    return Prepared.load(config.path)
+
+
+def _open_cache(config: SpeechDataConfig, split: str, prepared: Prepared, plan: BucketedConfig) -> Cache:
+    """The local copy of the shards.
+
+    Raises:
+        UserError: it is to be smaller than what a plan reads at a time.
+    """
+    assert config.remote.url is not None
+    sizes = {f"{s}/{name}": f.bytes for s, info in prepared.splits.items() for name, f in info.files.items()}
+    limit = int(config.remote.cache_gb * GIGABYTE)
+    own = sorted((size for name, size in sizes.items() if name.startswith(f"{split}/")), reverse=True)
+    wanted = sum(own[: 2 * plan.window_shards])
+    if split == "train" and wanted > limit:
+        raise UserError(
+            f"data.remote.cache_gb = {config.remote.cache_gb:g}: two windows of plan.window_shards = "
+            f"{plan.window_shards} shards take {wanted / GIGABYTE:.3g}; make it larger, or the window smaller"
+        )
+    if split != "train" and sum(own) > limit:
+        log.warning(
+            "%s: takes %.3g GB and is read in order of length, from all shards at a time; with data.remote.cache_gb = "
+            "%g its shards will be fetched again and again",
+            split,
+            sum(own) / GIGABYTE,
+            config.remote.cache_gb,
+        )
+    return Cache(config.path, config.remote.url, sizes, limit, max_open=2 * plan.window_shards)
+
+
+def shard_file(shard: Path) -> ShardFile:
+    """What `corpus.json` says of a shard that is there with its index."""
+    return ShardFile(bytes=shard.stat().st_size, index_crc32=zlib.crc32(index_path(shard).read_bytes()))
 
 
 def label_settings(text: TextConfig) -> dict[str, Any]:

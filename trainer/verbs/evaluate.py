@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
     finally:
         distributed.stop()
     rows = sorted(evaluation.rows, key=lambda r: r.rate, reverse=True)
-    missing: list[Rejection | Fault] = [*evaluator.dataset.plan.rejections, *evaluation.bad]
+    missing: list[Rejection | Fault] = [*evaluator.dataset.plan.rejections, *evaluator.known, *evaluation.bad]
     total = len(evaluator.dataset)
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)

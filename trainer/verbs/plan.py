@@ -2,15 +2,26 @@
 
     ./launch.sh plan speech/read_ru world_size=2
 
-Prints steps, batches, padding, what is left out and why, the model's size, memory of the longest batch, and the
-DeepSpeed JSON that follows from the configuration.
+Prints steps, batches, padding, what is left out and why, what looks odd, the model's size, memory of the worst batches,
+warnings (processes with nothing to do, much padding), and the DeepSpeed JSON that follows from the configuration.
 """
 
 import argparse
 import json
 import math
+from typing import TYPE_CHECKING, Any
 
 from trainer.verbs import add_config, positive, take
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.data.dataset import Dataset
+    from trainer.data.plan import Steps
+    from trainer.recipe import Recipe
+
+MUCH_WASTE = 0.05
+"""Share of dummies, or of padding, that is worth a warning."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,55 +33,95 @@ def main(arguments: argparse.Namespace) -> int:
     text, overrides = take(arguments.overrides, "world_size")
     world_size = positive(text, "world_size") or 1
 
-    import resource
-
-    import torch
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from trainer import distributed
+    from trainer.evaluation import left_out
     from trainer.recipe import load
+    from trainer.run import read_quarantine
 
     recipe = load(arguments.config, overrides)
     config = recipe.config
     dataset = recipe.build_dataset("train")
-    steps = dataset.plan.epoch(0)
+    known = read_quarantine(config.quarantine, "train")
+    steps = dataset.plan.epoch(0, [fault.key for fault in known])
     size = dataset.plan.micro_batches_per_step
     rounds = math.ceil(size / world_size)
-    counts = {name: sum(step.counts[name] for step in steps) for name in steps[0].counts} if steps else {}
-    dummies = sum(rounds * world_size - len(step.micro_batches) for step in steps)
+    counts = steps.totals()
+    dummies = rounds * world_size * len(steps) - steps.num_micro_batches()
     model = recipe.build_model()
 
     table = Table(show_header=False, title=Text(f"{config.name}, epoch 1 on {world_size} process(es)"))
     table.add_row("samples", f"{counts.get('samples', 0):,.0f} of {len(dataset):,}")
-    reasons: dict[str, int] = {}
-    for rejection in dataset.plan.rejections:
-        reasons[rejection.reason] = reasons.get(rejection.reason, 0) + 1
-    for reason, number in reasons.items():
-        table.add_row("left out", f"{number}: {reason}")
-    table.add_row("steps", f"{len(steps)} an epoch, {config.max_steps or len(steps) * config.max_epochs} in all")
+    for reason in filter(None, left_out([*dataset.plan.rejections, *known]).split(", ")):
+        table.add_row("left out", Text(reason))
+    if odd := dataset.plan.suspicions:
+        shown = "; ".join(f"{s.key}: {s.detail}" for s in odd[:3])
+        table.add_row("look at", Text(f"{left_out(odd)} (used all the same): {shown}"))
+    table.add_row("steps", f"{len(steps):,} an epoch, {config.max_steps or len(steps) * config.max_epochs:,} in all")
     table.add_row("micro-batches", f"up to {size} a step, {rounds} a process; {dummies} dummies keep the ranks in step")
-    if "padded_seconds" in counts:
-        padding = 100 * (1 - counts["seconds"] / max(counts["padded_seconds"], 1e-9))
+    padding = 0.0
+    if counts.get("padded_seconds"):
+        padding = 1 - counts["seconds"] / counts["padded_seconds"]
         table.add_row(
-            "sound", f"{counts['seconds'] / 3600:.2f} h an epoch; {padding:.1f} % of what is computed is padding"
+            "sound", f"{counts['seconds'] / 3600:.2f} h an epoch; {100 * padding:.1f} % of what is computed is padding"
         )
     table.add_row("parameters", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}")
     for name, fact in recipe.describe(model).items():
         table.add_row(name, fact)
     if steps:
-        longest = max((m for s in steps for m in s.micro_batches), key=lambda m: m.cost)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        output = recipe.step(model.train(), dataset.load(longest))
-        sum((x.sum for x in output.losses.values()), start=torch.zeros(())).backward()
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        table.add_row(
-            "longest batch", f"{len(longest.samples)} samples; forward and backward take {grown / 1024:,.0f} MiB here"
-        )
+        text, grown = _worst(recipe, dataset, steps, model)
+        table.add_row("worst batch", f"{text}; forward and backward take {grown / 2**20:,.0f} MiB")
     console = Console()
     console.print(table)
+    for warning in _warnings(world_size, size, padding):
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     console.print("DeepSpeed:", highlight=False)
     derived = distributed.deepspeed_config(config.zero, config.optimizer, config.precision, rounds)
     console.print_json(json.dumps(derived))
     return 0
+
+
+def _worst(recipe: "Recipe[Any]", dataset: "Dataset", steps: "Steps", model: "nn.Module") -> tuple[str, int]:
+    """The batch that is computed longest, and the most bytes that any batch takes beside the weights."""
+    import torch
+
+    from trainer import memory
+    from trainer.evaluation import to_device
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    worst = steps.worst()
+    batches = [dataset.load(m) for m in worst]
+
+    def work() -> None:
+        for batch in batches:
+            output = recipe.step(model, to_device(batch, device))
+            sum((x.sum for x in output.losses.values()), start=torch.zeros((), device=device)).backward()
+
+    _, _, grown = memory.taken(device, work)
+    return f"{len(worst[0].samples)} samples of up to {worst[0].cost / len(worst[0].samples):.1f} s", grown
+
+
+def _warnings(world_size: int, size: int, padding: float) -> list[str]:
+    """What would be wasted, each with its cure."""
+    found = []
+    if world_size > size:
+        idle = f"rank {size} has" if world_size == size + 1 else f"ranks {size} to {world_size - 1} have"
+        found.append(
+            f"{idle} nothing to do in any step: a step holds {size} micro-batches for {world_size} processes; set "
+            f"plan.micro_batches_per_step={world_size} or more, or start fewer processes"
+        )
+    elif (dummies := 1 - size / (most := math.ceil(size / world_size) * world_size)) > MUCH_WASTE:
+        found.append(
+            f"{100 * dummies:.0f} % of all passes are dummies that keep the ranks in step; make "
+            f"plan.micro_batches_per_step a multiple of the {world_size} processes, e.g. {most}"
+        )
+    if padding > MUCH_WASTE:
+        found.append(
+            f"{100 * padding:.0f} % of what is computed is padding; raise plan.window_shards, or plan.num_buckets if a "
+            "window holds many clips"
+        )
+    return found
