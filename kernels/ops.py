@@ -166,7 +166,7 @@ def _reason(weight: Tensor, cell: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def _say_once(text: str) -> None:
-    log.info("%s", text)
+    log.warning("%s", text)
 
 
 def pack(weight: Tensor, cell: str, bfloat16: bool = False) -> Tensor:

@@ -107,6 +107,7 @@ def test_phones_are_scored_as_they_are_told() -> None:
             "e a b",
             {"x": 1},
         ),
+        ({"alphabet": "abc", "unknown": "drop"}, "a b - c", "abc", {"-": 1, " ": 2}),
         ({"tokens": PhonesConfig()}, "SIL  aa B", "sil aa b", {}),
         ({"tokens": PhonesConfig(), "alphabet": "sil b", "unknown": "drop"}, "sil bb b ", "sil b", {"bb": 1}),
         ({"tokens": PhonesConfig(), "map": {"q": "", "ax-h": "ah"}, "lowercase": False}, "Q q ax-h", "Q ah", {}),

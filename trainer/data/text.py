@@ -217,7 +217,11 @@ class TextConfig(Config):
             if outside:
                 instead = " " if self.unknown == "space" else ""
                 units = [instead if unit in outside else unit for unit in units]
-        return " ".join((" " if self.phones else "").join(units).split()), outside
+        text = " ".join((" " if self.phones else "").join(units).split())
+        if alphabet is not None and not self.phones and " " not in alphabet and " " in text:
+            outside[" "] = text.count(" ")
+            text = text.replace(" ", "")
+        return text, outside
 
 
 class Characters:
