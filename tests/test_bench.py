@@ -99,15 +99,17 @@ def test_flashrnn_computes_the_same(line: str) -> None:
         kernel_bench._agree(ours)
 
 
-def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A corpus is made, merged, planned and read from; each first batch is that of the plan."""
+@pytest.mark.parametrize("config", ["speech/tones", "speech/timit", "speech/an4_cepstra"])
+def test_plan(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus is made, merged, planned and read from, whatever the configuration's labels and features; each first
+    batch is that of the plan."""
     small_things = {"CLIPS": 8, "TEMPLATES": 2, "START_METHOD": "fork"}
     for name, value in small_things.items():
         monkeypatch.setattr(bench_plan, name, value)
     monkeypatch.setattr(bench_verb, "LIBRISPEECH_UTTERANCES", 10_000)
     out = tmp_path / "plan.json"
     small = ["--sizes=2000", "--per-shard=100", "--world-size=1", "--repetitions=2", f"--folder={tmp_path}"]
-    assert main(["bench", "plan", "speech/tones", "num_workers=0", *small, f"--json={out}"]) == 0
+    assert main(["bench", "plan", config, "num_workers=0", *small, f"--json={out}"]) == 0
     result = json.loads(out.read_text())
     (row,) = result["rows"]
     assert (row["utterances"], row["shards"], row["processes"]) == (2000, 20, 1)

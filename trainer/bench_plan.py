@@ -35,6 +35,8 @@ CLIPS = 256
 CHARACTERS_A_SECOND = 14
 TINY = 1000
 """Utterances of the corpus whose processes are the base that memory is counted from."""
+PLAIN = ("data.text.alphabet=null", "data.text.tokens.kind=characters", "data.features.kind=log_mel")
+"""What is made up is sound with letters, whatever the configuration's own corpus holds."""
 SAMPLING_SECONDS = 0.05
 START_METHOD = "spawn"
 """Of the ranks: what a forked one shares with this process would not be counted."""
@@ -301,7 +303,7 @@ def measure(
     """
     from trainer import recipe as recipes
 
-    settings = recipes.load(config, [*overrides, "data.text.alphabet=null"]).config
+    settings = recipes.load(config, [*overrides, *PLAIN]).config
     rows: list[dict[str, Any]] = []
     base = merge_base = 0
     for utterances in (TINY, *sizes):
@@ -310,7 +312,7 @@ def measure(
             start = time.perf_counter()
             shards = generate(data, utterances, per_shard, settings.data.sample_rate_hz, settings.data.features)
             generated = time.perf_counter() - start
-            of_corpus = [*overrides, "data.text.alphabet=null", f"data.path={data}"]
+            of_corpus = [*overrides, *PLAIN, f"data.path={data}"]
             with _host(config, of_corpus, world_size) as host:
                 merge = host.tell("open")
                 merged_peak = host.peak

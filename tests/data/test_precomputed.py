@@ -101,6 +101,25 @@ def test_a_damaged_matrix_says_why(tmp_path: Path, ending: str, content: bytes, 
         read_matrix(path, 4)
 
 
+def test_a_damaged_header_is_an_error_of_few_kinds() -> None:
+    """Every bit flipped, and sizes that no memory holds: nothing else than `AudioError` comes out."""
+    whole, reasons = npy(MATRIX), set()
+    start = whole.index(b"(")
+    room = whole.index(b"\n") - start
+    shapes = (b"(99999999999999, 4), }", b"(3, 99999999999999999999), }", b"(3, 4.0), }", b"(-3, 4), }", b"(3, 4")
+    damaged = [whole[:start] + shape.ljust(room) + whole[start + room :] for shape in shapes]
+    for bit in range(8 * (start + room)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(changed))
+    for content in damaged:
+        try:
+            decode_matrix(content, 4)
+        except AudioError as error:
+            reasons.add(error.reason)
+    assert reasons <= {"not a matrix", "not a matrix of numbers", "wrong width", "no rows", "NaN or infinite values"}
+
+
 class Command:
     """What a pickle may hold."""
 

@@ -24,7 +24,7 @@ from trainer.data.audio import FeaturesConfig, decode
 from trainer.data.corpora.base import split_by_text
 from trainer.data.corpora.manifest import ManifestConfig
 from trainer.data.corpora.tones import TonesConfig
-from trainer.data.index import Index
+from trainer.data.index import FORMAT, Index, index_path
 from trainer.data.parallel import signals_put_off
 from trainer.data.prepare import prepare
 from trainer.data.speech import Prepared, SpeechDataConfig
@@ -152,6 +152,12 @@ def test_restart_writes_only_what_is_missing(tmp_path: Path, capsys: pytest.Capt
     assert "1 of 4 shards written" in capsys.readouterr().out
     changed = [s.name for s in shards if s.stat().st_mtime_ns != times[s]]
     assert changed == ["shard-000001.tar"]
+    assert bytes_of(config.path) == before
+
+    index = index_path(shards[0])
+    index.write_text(index.read_text().replace(f'"format": {FORMAT}', '"format": 1', 1))
+    prepare(config, processes=1)
+    assert "1 of 4 shards written" in capsys.readouterr().out
     assert bytes_of(config.path) == before
 
 

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from tokenize import TokenError
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,9 @@ MIN_SAMPLE_RATE_HZ = 1000
 
 MAX_SAMPLES = 2**28
 """Of one clip: more than four hours at 16 kHz."""
+
+DAMAGED = (ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError, MemoryError, TokenError)
+"""What numpy raises over the header of a damaged .npy file: it is Python's text, and may name any size."""
 
 
 class FeaturesConfig(Config):
@@ -258,12 +262,12 @@ def decode_matrix(content: bytes, num_bands: int) -> NDArray[np.float32]:
     """
     try:
         matrix = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:  # SyntaxError: of a damaged header
-        raise AudioError(f"not a matrix: {error}") from error
+    except DAMAGED as error:
+        raise AudioError("not a matrix", str(error).partition("\n")[0]) from error
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "fiu":
         raise AudioError("not a matrix of numbers")
     if matrix.shape[1] != num_bands:
-        raise AudioError(f"{matrix.shape[1]} columns, wanted {num_bands} (data.features.num_bands)")
+        raise AudioError("wrong width", f"{matrix.shape[1]} columns, wanted {num_bands} (data.features.num_bands)")
     if not len(matrix):
         raise AudioError("no rows")
     if not np.isfinite(matrix).all():

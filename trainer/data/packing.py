@@ -23,6 +23,7 @@ from webdataset import TarWriter
 from trainer.config import show
 from trainer.data.audio import AudioError, FeaturesConfig, LogMel, Precomputed
 from trainer.data.corpora.base import SplitName, Utterance
+from trainer.data.index import FORMAT as INDEX_FORMAT
 from trainer.data.index import Entry, index_path, write_index
 from trainer.data.matrices import ENDINGS, read_matrix
 from trainer.errors import UserError
@@ -133,14 +134,16 @@ def read_note(path: Path) -> Note | None:
 
 
 def is_done(task: Task) -> bool:
-    """A shard is done if its note has this fingerprint and its index, written last, says the size that it has."""
+    """A shard is done if its note has this fingerprint and its index, written last and as it is written today, says the
+    size that it has."""
     note = read_note(task.note)
     if note is None or note.fingerprint != task.fingerprint:
         return False
     try:
         with index_path(task.shard).open(encoding="utf-8") as index:
             header = json.loads(index.readline())
-        return bool(header["bytes"] == task.shard.stat().st_size and header["samples"] == note.samples)
+        found = (header["format"], header["bytes"], header["samples"])
+        return found == (INDEX_FORMAT, task.shard.stat().st_size, note.samples)
     except (OSError, ValueError, KeyError):
         return False
 
