@@ -308,7 +308,7 @@ class Cache:
             return True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            placeholder(path, self.folder / STATE)
+            put_empty(path, self.folder / STATE)
         except BlockingIOError:
             return False
         finally:
@@ -369,7 +369,7 @@ class Ahead:
         return keyed.permutation(len(self.names), self.seed, epoch, "shards").tolist()  # as BucketedPlan has it
 
 
-def placeholder(path: Path, state: Path) -> None:
+def put_empty(path: Path, state: Path) -> None:
     """Put an empty file in the place of a shard that is not here."""
     temporary = state / f"{path.parent.name}-{path.name}.empty{os.getpid()}"
     temporary.touch()
@@ -434,14 +434,14 @@ def mirror(folder: Path, remote: RemoteConfig) -> None:
             index = index_path(shard)
             if index.is_file() and zlib.crc32(index.read_bytes()) == wanted[name].index_crc32:
                 if not shard.exists():
-                    placeholder(shard, state)
+                    put_empty(shard, state)
                 return
             shard.parent.mkdir(exist_ok=True)
             landing = state / f"{shard.parent.name}-{index.name}"
             fetch(source, f"{shard.parent.name}/{index.name}", landing, landing.with_suffix(".part"))
             if zlib.crc32(landing.read_bytes()) != wanted[name].index_crc32:
                 raise TransferError("is not the one that corpus.json names")
-            placeholder(shard, state)
+            put_empty(shard, state)
             landing.replace(index)
 
         try:
