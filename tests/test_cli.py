@@ -19,7 +19,7 @@ from trainer import checkpoint
 from trainer.config import PROJECT
 from trainer.errors import UserError
 from trainer.launch import read_hosts
-from trainer.run import read_ledger, read_lines
+from trainer.run import CLOCKS, read_ledger, read_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 PATIENCE = 120.0
@@ -70,8 +70,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
-    clocks = ("seconds", "step_seconds", "data_wait_percent", "audio_hours_per_second")
-    return [{k: v for k, v in row.items() if k not in clocks} for row in read_lines(run / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in read_lines(run / "metrics.jsonl")]
 
 
 def arguments(corpus: Path, runs: Path, name: str) -> list[str]:

@@ -70,7 +70,12 @@ def run(verb: str, rest: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    code: int = module.main(parser.parse_args(rest))
+    arguments, left = parser.parse_known_args(rest)
+    if left:  # argparse takes CONFIG and what follows it only where no option stands between them
+        if not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in left):
+            parser.error(f"unrecognized arguments: {' '.join(left)}")
+        arguments.overrides += left
+    code: int = module.main(arguments)
     return code
 
 
