@@ -2,8 +2,9 @@
 
 The rivals stand here in full, so that anyone can see that nothing was left out of them or put into them: a straight
 webdataset pipeline, a torch Dataset on files, lhotse (where it is installed), and the bare parts without any loader.
-Everybody decodes with soundfile, on one thread, from files that the kernel has in its cache, and hands out padded
-batches. On top of that ours checks every byte and every label and writes checksums for the ledger.
+They decode with soundfile, which is what their users take, and webdataset once more with our decoder; all on one
+thread, from files that the kernel has in its cache, with freed memory kept (`kernels.keep_pages`, as in `train`), and
+hand out padded batches. On top of that ours checks every byte and every label and writes checksums for the ledger.
 """
 
 import importlib.util
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from kernels import keep_pages
 from trainer import recipe as recipes
 from trainer.bench import Timing, describe, interleaved
 from trainer.data.audio import LOG_FLOOR, LogMel
@@ -38,7 +40,7 @@ CLIPS = 8
 PLAIN = ["speeds=[1.0]", "time_masks=0", "frequency_masks=0", "gain_db=[0, 0]", "noise=null", "reverberation=null"]
 """No augmentation: the rivals have none."""
 WANTED = {
-    ("waveforms", "webdataset"): 1.1,
+    ("waveforms", "webdataset, our decoder"): 1.1,
     ("waveforms", "best of the others"): 1.0,
     ("log-mel", "webdataset + torchaudio"): 2.0,
     ("log-mel", "bare parts, ours"): 0.9,
@@ -81,11 +83,12 @@ def batch_seconds(clips: list[Clip]) -> float:
     return max(CLIPS * sum(clip.seconds for clip in clips) / len(clips), *(clip.seconds for clip in clips))
 
 
+Decode = Callable[[bytes], Tensor]
+Features = Callable[[Tensor], Tensor] | None
+
+
 def decode(flac: bytes) -> Tensor:
     return torch.from_numpy(soundfile.read(io.BytesIO(flac), dtype="float32")[0])
-
-
-Features = Callable[[Tensor], Tensor] | None
 
 
 def stock_log_mel(log_mel: LogMel, sample_rate_hz: int, window_ms: float) -> Callable[[Tensor], Tensor]:
@@ -102,7 +105,7 @@ def collate(samples: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor, list[str
     return pad_sequence(audio, batch_first=True), torch.tensor([len(x) for x in audio]), [text for _, text in samples]
 
 
-def bare(clips: list[Clip], features: Features) -> Iterator[tuple[Tensor, Tensor]]:
+def bare(clips: list[Clip], features: Features, decode: Decode) -> Iterator[tuple[Tensor, Tensor]]:
     """Decode and compute, nothing else: the bytes are in memory, nothing is put together."""
     for clip in clips:
         x = decode(clip.flac)
@@ -110,7 +113,7 @@ def bare(clips: list[Clip], features: Features) -> Iterator[tuple[Tensor, Tensor
         yield x, torch.tensor([len(x)])
 
 
-def with_webdataset(shards: list[Path], features: Features) -> Iterator[Any]:
+def with_webdataset(shards: list[Path], features: Features, decode: Decode) -> Iterator[Any]:
     def sample(parts: dict[str, bytes]) -> tuple[Tensor, str]:
         wave = decode(parts["flac"])
         return wave if features is None else features(wave), parts["txt"].decode()
@@ -231,24 +234,27 @@ def _ways(
     dataset: Any, steps: list[Step], shards: list[Path], clips: list[Clip], folder: Path, with_features: bool
 ) -> dict[str, Callable[[], object]]:
     rate, log_mel = dataset.config.sample_rate_hz, dataset.log_mel
-    stock = own = None
-    if with_features:
-        stock = stock_log_mel(log_mel, rate, dataset.config.features.window_ms)
-        own = lambda wave: log_mel.normalise(log_mel.energies(wave))  # noqa: E731
+    stock = stock_log_mel(log_mel, rate, dataset.config.features.window_ms) if with_features else None
+    own = log_mel.clip if with_features else None
+
+    def our_decode(flac: bytes) -> Tensor:
+        return torch.from_numpy(log_mel.decode(flac, intact=True))
+
     suffix = " + torchaudio" if with_features else ""
+    ours = "our decoder and log-mel" if with_features else "our decoder"
     ways: dict[str, Callable[[], object]] = {
         OURS: lambda: drain(with_ours(dataset, steps, 0)),
-        f"webdataset{suffix}": lambda: drain(with_webdataset(shards, stock)),
+        f"webdataset{suffix}": lambda: drain(with_webdataset(shards, stock, decode)),
         f"files{suffix}": lambda: drain(with_files(Files(clips, folder / "files", stock))),
+        f"webdataset, {ours}": lambda: drain(with_webdataset(shards, own, our_decode)),
+        "bare parts, ours" if with_features else "bare decoder": lambda: drain(bare(clips, own, our_decode)),
     }
     if (shar := folder / "shar").exists():
         ways["lhotse"] = lambda: drain(
             with_lhotse(shar, log_mel if with_features else None, rate, batch_seconds(clips))
         )
     if with_features:
-        ways["webdataset + our log-mel"] = lambda: drain(with_webdataset(shards, own))
-        ways["bare parts, torchaudio"] = lambda: drain(bare(clips, stock))
-    ways["bare parts, ours" if with_features else "bare decoder"] = lambda: drain(bare(clips, own))
+        ways["bare parts, torchaudio"] = lambda: drain(bare(clips, stock, decode))
     ways[ONE_WORKER] = lambda: drain(with_ours(dataset, steps, 1))
     ways[TWO_WORKERS] = lambda: drain(with_ours(dataset, steps, 2))
     return ways
@@ -274,6 +280,7 @@ def bench_loader(config: str, overrides: list[str], ranks: Ranks, repetitions: i
         each rival, repetition by repetition, by both, with what is wanted; and of two whole epochs of training, the
         first step and those at the start of an epoch included, the share of the step time that was waiting.
     """
+    keep_pages()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker, so that the ways differ in nothing else
     rows: dict[str, Any] = {}

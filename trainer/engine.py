@@ -20,7 +20,7 @@ from trainer import checkpoint as checkpoints
 from trainer import config as configuration
 from trainer import distributed, keyed, machine
 from trainer.checkpoint import Checkpoint
-from trainer.data.dataset import Batch, Dataset, Fault
+from trainer.data.dataset import MISSING, Batch, Dataset, Fault
 from trainer.data.loader import Loader
 from trainer.data.plan import MicroBatch, Step, mine
 from trainer.distributed import CARRIED, Ranks, Slice, Trained
@@ -67,6 +67,8 @@ class Position:
     """Keys found to be bad: left out from the next epoch on."""
     known: list[str] = field(default_factory=list)
     """Keys that were bad before this run (`RunConfig.quarantine`): left out like those, but no part of the budget."""
+    missing: int = 0
+    """Samples of this epoch that did not come from where they lie."""
     audio_seconds: float = 0.0
     """Sound trained on so far."""
     train_seconds: float = 0.0
@@ -288,7 +290,7 @@ class Training:
             epoch, last = where.epoch, step.last
             if last:
                 where.epoch, where.step_in_epoch = where.epoch + 1, 0
-                where.excluded = where.left_out_later()
+                where.excluded, where.missing = where.left_out_later(), 0
             every = config.validation.every_steps
             ended = config.max_steps is not None and where.step >= config.max_steps
             better = False
@@ -413,11 +415,12 @@ class Training:
         where = self.position
         found = [fault for part in distributed.gather(own) for fault in part]
         rows = quarantined(found, READING, split="train", epoch=where.epoch, step=where.step)
-        where.bad = sorted({*where.bad, *(fault.key for fault in found)})
+        where.bad = sorted({*where.bad, *(fault.key for fault in found if fault.reason != MISSING)})
+        where.missing += sum(fault.reason == MISSING for fault in found)
         if self.ranks.first:
             for row in self.run.add_to_quarantine(rows):
                 log.warning("bad sample %s: %s %s", row["key"], row["reason"], row["detail"])
-        refuse_too_many(len(where.bad), len(self.dataset), self.config, self.run.quarantine, rows[-10:])
+        refuse_too_many(len(where.bad), where.missing, len(self.dataset), self.config, self.run.quarantine, rows)
 
     def _refused(self, own: list[str]) -> None:
         where = self.position

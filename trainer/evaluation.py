@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer import distributed
-from trainer.data.dataset import Batch, Fault
+from trainer.data.dataset import MISSING, Batch, Fault
 from trainer.data.plan import Rejection
 from trainer.distributed import Ranks
 from trainer.errors import UserError
@@ -52,24 +52,35 @@ def quarantined(faults: Iterable[Rejection | Fault], found: str, **facts: Any) -
     return [{**facts, "key": f.key, "reason": f.reason, "detail": f.detail, "found": found} for f in faults]
 
 
-def refuse_too_many(bad: int, total: int, config: RunConfig, path: Path, last: Iterable[Mapping[str, Any]]) -> None:
-    """Stop where more samples turned out bad than the configuration allows.
+def refuse_too_many(
+    bad: int, missing: int, total: int, config: RunConfig, path: Path, last: Sequence[Mapping[str, Any]]
+) -> None:
+    """Stop where more samples turned out bad, or did not come, than the configuration allows.
 
     Args:
-        bad: their number, of `total`.
+        bad, missing: their numbers, of `total`.
         path: where all are on record.
-        last: those to show.
+        last: rows of the quarantine; the last ten are shown.
 
     Raises:
         UserError: they are too many.
     """
-    allowed = max(1, int(config.max_bad_share * total))
-    if bad > allowed:
-        raise UserError(
-            f"{path}: {bad} bad samples of {total}, more than max_bad_share = {config.max_bad_share:g} allows "
-            f"({allowed}); mend the data or raise it. The last ones:\n"
-            + "\n".join(f"  {row['key']}: {row['reason']} {row['detail']}".rstrip() for row in last)
-        )
+    limits = {
+        "bad samples": (bad, "max_bad_share", config.max_bad_share, "mend the data or raise it"),
+        "samples did not come": (
+            missing,
+            "max_missing_share",
+            config.max_missing_share,
+            "mend the way to data.remote.url, then start again to go on, or raise it",
+        ),
+    }
+    for what, (found, key, share, cure) in limits.items():
+        allowed = max(1, int(share * total))
+        if found > allowed:
+            raise UserError(
+                f"{path}: {found} {what} of {total}, more than {key} = {share:g} allows ({allowed}); {cure}. The last "
+                "ones:\n" + "\n".join(f"  {row['key']}: {row['reason']} {row['detail']}".rstrip() for row in last[-10:])
+            )
 
 
 class Evaluator:
@@ -142,7 +153,8 @@ class Evaluator:
             run.add_to_quarantine(quarantined(self.known, BEFORE, **facts))
             for row in run.add_to_quarantine(rows):
                 log.warning("bad sample %s (%s): %s %s", row["key"], self.split, row["reason"], row["detail"])
-        refuse_too_many(len(rows), len(self.dataset), self.recipe.config, run.quarantine, rows[-10:])
+        missing = sum(fault.reason == MISSING for fault in evaluation.bad)
+        refuse_too_many(len(rows) - missing, missing, len(self.dataset), self.recipe.config, run.quarantine, rows)
         if not evaluation.scored:
             reasons = left_out([*self.dataset.plan.rejections, *self.known])
             raise UserError(f"{self.recipe.config.name}: no sample of the split {self.split} can be scored: {reasons}")

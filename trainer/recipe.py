@@ -90,6 +90,9 @@ class RunConfig(Config):
     """Loader processes of each rank; 0 loads in the rank itself."""
     max_bad_share: Free[float] = Field(0.01, ge=0, le=1)
     """Stop when more than this share of the samples turned out bad."""
+    max_missing_share: Free[float] = Field(0.1, ge=0, le=1)
+    """Stop when more than this share of an epoch's samples did not come from where they lie (`data.remote`). They count
+    nothing in that epoch and are asked for again in the next."""
     quarantine: Free[Path | None] = None
     """quarantine.jsonl of another run, or lines {"key": ...} of your own: these samples are left out from the start. A
     file that is named when a run is resumed counts from its next epoch on."""

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from trainer import config as configuration
 from trainer.config import show
-from trainer.data.dataset import Batch, Fault
+from trainer.data.dataset import MISSING, Batch, Fault
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,8 @@ CLOCKS = frozenset({"seconds", "step_seconds", "data_wait_percent", "audio_hours
 """Numbers of `metrics.jsonl` that a clock has measured: two runs that do the same differ in these alone."""
 
 PLAN, READING, BEFORE = "by the plan", "by reading", "before this run"
-"""How a row of a quarantine was found. What a plan leaves out follows from its settings; another run asks its own."""
+"""How a row of a quarantine was found. What a plan leaves out follows from its settings; another run asks its own, and
+asks again for what was missing."""
 
 
 def read_quarantine(path: Path | None, split: str) -> list[Fault]:
@@ -152,7 +153,7 @@ def read_quarantine(path: Path | None, split: str) -> list[Fault]:
             raise UserError(
                 f'{show(path)} line {number}: {line[:80]!r}: wanted {{"key": ..., "reason": ...}}; mend or remove it'
             ) from error
-        if row.get("split", split) == split and row.get("found") != PLAN:
+        if row.get("split", split) == split and row.get("found") != PLAN and fault.reason != MISSING:
             found[fault.key] = fault
     return list(found.values())
 

@@ -10,7 +10,7 @@ import torchaudio
 
 from tests.helpers import overrides
 from trainer import recipe
-from trainer.data.audio import LOG_FLOOR, AudioError, FeaturesConfig, change_speed, decode, stretched
+from trainer.data.audio import LOG_FLOOR, AudioError, FeaturesConfig, change_speed, checksum, decode, stretched
 
 
 def clips(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +92,9 @@ def test_the_original_speed_is_drawn_only_if_it_is_named(corpus) -> None:
     assert {s for step in steps for m in step.micro_batches for s in m.speeds} == {0.9, 0.95}
 
 
-def encode(samples: np.ndarray, rate: int = 16000) -> bytes:
+def encode(samples: np.ndarray, rate: int = 16000, kind: str = "WAV", subtype: str = "FLOAT") -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
+    soundfile.write(buffer, samples, rate, format=kind, subtype=subtype)
     return buffer.getvalue()
 
 
@@ -112,3 +112,45 @@ def encode(samples: np.ndarray, rate: int = 16000) -> bytes:
 def test_unusable_audio_says_why(content: bytes, reason: str) -> None:
     with pytest.raises(AudioError, match=reason):
         decode(content, 16000)
+
+
+FLAC = [
+    (kind, subtype, length)
+    for kind, subtype in (("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("FLAC", "PCM_S8"), ("WAV", "PCM_16"))
+    for length in (1, 4096, 30001)
+]
+
+
+@pytest.mark.parametrize(("kind", "subtype", "length"), FLAC)
+def test_what_was_decoded_before_has_the_same_samples_by_either_decoder(kind: str, subtype: str, length: int) -> None:
+    content = encode(np.random.default_rng(length).uniform(-1, 1, length), 16000, kind, subtype)
+    assert np.array_equal(decode(content, 16000, intact=True), decode(content, 16000))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (encode(np.zeros(100), 8000, "FLAC", "PCM_16"), "wrong sample rate: 8000 Hz, wanted 16000"),
+        (encode(np.zeros((100, 2)), 16000, "FLAC", "PCM_16"), "several channels: 2"),
+        (b"fLaC and then nothing of the kind", "not audio"),
+    ],
+    ids=["rate", "channels", "no FLAC"],
+)
+def test_unusable_flac_says_the_same_by_either_decoder(content: bytes, reason: str) -> None:
+    for intact in (False, True):
+        with pytest.raises(AudioError, match=reason):
+            decode(content, 16000, intact)
+
+
+@pytest.mark.parametrize("length", [1, 2, 1024, 1025, 50_000])
+def test_a_checksum_depends_on_every_sample_and_its_place(length: int) -> None:
+    values = np.random.default_rng(length).standard_normal(length).astype(np.float32)
+    whole = checksum(values)
+    assert checksum(values.copy()) == whole
+    assert checksum(np.append(values, np.float32(0))) != whole
+    for place in {0, length // 2, length - 1}:
+        changed = values.copy()
+        changed[place] = np.nextafter(changed[place], np.float32(9))
+        assert checksum(changed) != whole
+    if length > 1:
+        assert checksum(values[::-1]) != whole

@@ -18,6 +18,10 @@ Batch = dict[str, Any]
 """
 
 
+MISSING = "missing"
+"""Reason of a fault: the sample's shard did not come from where it lies. It may come next time."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A sample that could not be used."""

@@ -18,10 +18,19 @@ from torch import Tensor
 
 from trainer import keyed
 from trainer.config import Config, Free, show
-from trainer.data.audio import AudioError, FeaturesConfig, LogMel, Precomputed, change_speed, padded, stretched
+from trainer.data.audio import (
+    AudioError,
+    FeaturesConfig,
+    LogMel,
+    Precomputed,
+    change_speed,
+    checksum,
+    padded,
+    stretched,
+)
 from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
 from trainer.data.corpora import CorpusConfig, ManifestConfig
-from trainer.data.dataset import Batch, Fault, Media
+from trainer.data.dataset import MISSING, Batch, Fault, Media
 from trainer.data.index import Index, index_path
 from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, Measures, MicroBatch
 from trainer.data.reader import ShardReader
@@ -297,7 +306,7 @@ class SpeechDataset:
             else:
                 content = os.pread(self._cache.open(self._names[shard]).fileno(), size, offset)
         except TransferError as error:
-            raise AudioError("missing", f"{self._names[shard]} never came: {error}") from error
+            raise AudioError(MISSING, f"{self._names[shard]} never came: {error}") from error
         except OSError as error:
             raise AudioError("shard cannot be read", str(error.strerror)) from error
         if len(content) < size:
@@ -316,7 +325,7 @@ class SpeechDataset:
         if not intact and not content.strip(b"\0"):
             raise AudioError("zero bytes", f"{len(content)} of them in place of sound")
         try:
-            samples = self.log_mel.decode(content)
+            samples = self.log_mel.decode(content, intact)
         except AudioError as error:  # says more than the checksum does
             changed = "" if intact else "; its bytes are not those that were indexed"
             raise AudioError(error.reason, error.detail + changed) from error
@@ -397,7 +406,7 @@ class SpeechDataset:
         """All that is to be computed of a clip, while it is in the processor's cache."""
         audio = self.log_mel.clip(wave) if self.config.features.where == "worker" else wave
         seconds = len(wave) / self.config.rate_hz
-        return _Place(key, audio, labels, noise_key, zlib.crc32(wave.numpy().data), seconds, valid)
+        return _Place(key, audio, labels, noise_key, checksum(wave.numpy()), seconds, valid)
 
     def _collate(self, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
         audio, lengths = padded([place.audio for place in places])
