@@ -6,7 +6,7 @@ import logging
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from trainer.data.audio import (
     Precomputed,
     change_speed,
     checksum,
-    padded,
     stretched,
 )
 from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import MISSING, Batch, Fault, Media
-from trainer.data.index import Index, index_path
+from trainer.data.index import Entry, Index, index_path
 from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, Measures, MicroBatch
 from trainer.data.reader import ShardReader
 from trainer.data.remote import GIGABYTE, Ahead, Cache, RemoteConfig, mirror
@@ -151,18 +150,18 @@ class Prepared(BaseModel):
             raise UserError(f"{show(path)}: is not what `prepare` writes ({error}); prepare the corpus anew") from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Place:
-    """One clip of a batch, before it is padded."""
+    """A row of a batch."""
 
     key: str
-    audio: Tensor
-    """(T, F) features or (N,) samples."""
-    labels: list[int]
-    noise_key: int
-    checksum: int
-    seconds: float
-    valid: bool
+    noise_key: int = 0
+    labels: list[int] = field(default_factory=list)
+    length: int = 0
+    """Of the row: frames, or samples."""
+    checksum: int = 0
+    seconds: float = 0.0
+    valid: bool = False
 
 
 class SpeechDataset:
@@ -313,13 +312,13 @@ class SpeechDataset:
             raise AudioError("shard is cut short", f"{len(content)} of {size} bytes at {offset}")
         return content
 
-    def waveform(self, row: int) -> NDArray[np.float32]:
+    def waveform(self, row: int, entry: Entry | None = None) -> NDArray[np.float32]:
         """Samples (N,) of one recording, or its feature matrix (T, F).
 
         Raises:
             AudioError: it cannot be read; the text is the reason.
         """
-        entry = self.index.entries[row]
+        entry = entry or self.index.entries[row]
         content = self._read(row, entry.audio_offset, entry.audio_size)
         intact = zlib.crc32(content) == entry.audio_crc32
         if not intact and not content.strip(b"\0"):
@@ -335,14 +334,14 @@ class SpeechDataset:
             raise AudioError("another length than the index says", f"{len(samples)} samples, not {entry.num_samples}")
         return samples
 
-    def text(self, row: int) -> str:
+    def text(self, row: int, entry: Entry | None = None) -> str:
         """Normalised transcript of one recording.
 
         Raises:
             AudioError: it cannot be read; the text is the reason.
             UnknownCharacterError: it holds what the alphabet has not, and no rule says what becomes of that.
         """
-        entry = self.index.entries[row]
+        entry = entry or self.index.entries[row]
         content = self._read(row, entry.text_offset, entry.text_size)
         if zlib.crc32(content) != entry.text_crc32:
             raise AudioError("transcript's checksum differs from the index")
@@ -360,13 +359,14 @@ class SpeechDataset:
         Raises:
             AudioError: something is wrong with it.
         """
-        samples = torch.from_numpy(self.waveform(row))
+        entry = self.index.entries[row]
+        samples = torch.from_numpy(self.waveform(row, entry))
         try:
-            labels = self.tokens.encode(self.text(row))
+            labels = self.tokens.encode(self.text(row, entry))
         except UnknownCharacterError as error:
             raise AudioError("transcript holds what is not in the alphabet", str(error)) from error
-        if len(labels) != (wanted := int(self.index.label_length[row])):
-            raise AudioError("another number of labels than the index says", f"{len(labels)}, not {wanted}")
+        if len(labels) != entry.label_length:
+            raise AudioError("another number of labels than the index says", f"{len(labels)}, not {entry.label_length}")
         if self._cut_samples is not None and len(samples) > self._cut_samples:
             labels = labels[: len(labels) * self._cut_samples // len(samples)]
             samples = samples[: self._cut_samples]
@@ -384,32 +384,58 @@ class SpeechDataset:
             shards = {int(self.index.shard[row]) for row in micro_batch.samples}
             if (ahead := self._ahead(micro_batch.epoch, shards)) is not None:
                 self._cache.prefetch(ahead)
+        audio = self._empty(micro_batch)
         places, faults = [], []
-        for row, speed in zip(micro_batch.samples, micro_batch.speeds, strict=True):
+        for b, (row, speed) in enumerate(zip(micro_batch.samples, micro_batch.speeds, strict=True)):
             name = self.index.keys[row]
-            noise_key = keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0
+            place = _Place(name, keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0)
+            places.append(place)
             try:
-                wave, labels = self._sample(row, speed)
+                wave, place.labels = self._sample(row, speed)
                 if self.wave_augment is not None:
-                    wave = self.wave_augment(wave, noise_key)
-                places.append(self._place(name, wave, labels, noise_key))
+                    wave = self.wave_augment(wave, place.noise_key)
+                place.valid = True
             except AudioError as error:
                 faults.append(Fault(name, error.reason, error.detail))
-                places.append(self._place(name, self.log_mel.silence(), [], noise_key, valid=False))
-        return self._collate(places, faults)
+                wave = self.log_mel.silence()
+            self._fill(audio[b], place, wave)
+        return self._finish(audio, places, faults)
 
     def dummy(self) -> Batch:
         """Silence just long enough for one frame, not valid."""
-        return self._collate([self._place("", self.log_mel.silence(), [], 0, valid=False)], [])
+        place, silence = _Place(""), self.log_mel.silence()
+        audio = self._clip(silence)[None]
+        self._fill(audio[0], place, silence)
+        return self._finish(audio, [place], [])
 
-    def _place(self, key: str, wave: Tensor, labels: list[int], noise_key: int, valid: bool = True) -> "_Place":
-        """All that is to be computed of a clip, while it is in the processor's cache."""
-        audio = self.log_mel.clip(wave) if self.config.features.where == "worker" else wave
-        seconds = len(wave) / self.config.rate_hz
-        return _Place(key, audio, labels, noise_key, checksum(wave.numpy()), seconds, valid)
+    def _clip(self, wave: Tensor) -> Tensor:
+        """A clip as the model gets it."""
+        return self.log_mel.clip(wave) if self.config.features.where == "worker" else wave
 
-    def _collate(self, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
-        audio, lengths = padded([place.audio for place in places])
+    def _empty(self, micro_batch: MicroBatch) -> Tensor:
+        """Room for a batch, whose lengths the index knows: a clip goes to its row while the cache has it."""
+        num_samples = self.index.num_samples[list(micro_batch.samples)].astype(np.int64)
+        if self._cut_samples is not None:
+            num_samples = np.minimum(num_samples, self._cut_samples)
+        speeds = np.array(micro_batch.speeds)
+        longest = max(
+            int(stretched(num_samples[speeds == speed], speed, self.config.rate_hz).max()) for speed in set(speeds)
+        )
+        like = self._clip(self.log_mel.silence())
+        if self.config.features.where == "worker":
+            longest = int(self.log_mel.num_frames(np.array([longest]))[0])
+        return like.new_empty(len(num_samples), max(longest, len(like)), *like.shape[1:])
+
+    def _fill(self, row: Tensor, place: "_Place", wave: Tensor) -> None:
+        """All that is to be computed of a clip, and zeros after it."""
+        clip = self._clip(wave)
+        place.length, place.seconds = len(clip), len(wave) / self.config.rate_hz
+        place.checksum = checksum(wave.numpy())
+        row[: place.length] = clip
+        row[place.length :] = 0
+
+    def _finish(self, audio: Tensor, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
+        lengths = torch.tensor([place.length for place in places])
         noise_keys = torch.tensor([place.noise_key for place in places])
         if self.training and self.config.features.where == "worker":
             audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
