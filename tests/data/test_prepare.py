@@ -127,7 +127,7 @@ def test_same_bytes_whatever_the_processes(tmp_path: Path) -> None:
     for name, processes in (("first", 1), ("second", 1), ("third", 2)):
         prepare(settings(tmp_path, name), processes=processes)
     first = bytes_of(tmp_path / "first")
-    assert len(first) == 2 * (2 + 1 + 1) + 1
+    assert len(first) == 2 * (2 + 1 + 1) + 2  # shards and their indexes; all indexes in one; corpus.json
     assert bytes_of(tmp_path / "second") == first
     assert bytes_of(tmp_path / "third") == first
 

@@ -22,7 +22,9 @@ from tests.helpers import overrides
 from trainer import recipe
 from trainer.data import remote, transfer
 from trainer.data.index import Index
-from trainer.data.remote import STATE, Ahead, Cache, RemoteConfig, mirror
+from trainer.data.mirror import bundle_name, mirror
+from trainer.data.remote import STATE, Ahead, Cache, RemoteConfig
+from trainer.data.speech import Prepared
 from trainer.data.transfer import Answer, Http, Pipe, Source, TransferError, Version, fetch, open_source
 from trainer.errors import UserError
 
@@ -512,6 +514,39 @@ def test_prefetch_brings_files_in_the_background(tmp_path: Path, shards: tuple[s
         time.sleep(0.005)
     cache.path("train/3.tar")
     assert cache.account.hits == 1
+
+
+@pytest.mark.parametrize("bundle", ["whole", "of another state", "cut", "gone"])
+def test_all_indexes_come_in_one_file(
+    tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture, bundle: str
+) -> None:
+    """Two requests for a corpus of any number of shards; where that file is no good, one for each index it lacks."""
+    folder, log = shutil.copytree(corpus, tmp_path / "there"), tmp_path / "asked"
+    (packed,) = folder.glob("indexes-*.tar.gz")
+    shards = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.tar"))
+    indexes = [name.replace(".tar", ".index.jsonl") for name in shards]
+    alone = {"whole": [], "of another state": indexes[:1]}.get(bundle, indexes)
+    if bundle == "of another state":  # it has the name of this one, and one index is not the one of corpus.json
+        prepared = json.loads((folder / "corpus.json").read_text())
+        split, name = shards[0].split("/")
+        changed = folder / indexes[0]
+        changed.write_text(changed.read_text().replace('"audio_crc32": ', '"audio_crc32": 1'))
+        prepared["splits"][split]["files"][name]["index_crc32"] = zlib.crc32(changed.read_bytes())
+        (folder / "corpus.json").write_text(json.dumps(prepared))
+        packed = packed.rename(folder / bundle_name(Prepared.load(folder).files))
+    elif bundle == "cut":
+        packed.write_bytes(packed.read_bytes()[:400])
+    elif bundle == "gone":
+        packed.unlink()
+    mirror(tmp_path / "copy", RemoteConfig(url=f"pipe:echo {{}} >>{log}; cat {folder}/{{}}"))
+    asked = set(log.read_text().split())
+    assert asked == {"corpus.json", packed.name, *alone}
+    assert ("the indexes come one by one" in caplog.text) == (bundle in ("cut", "gone"))
+    for name in indexes:
+        assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
+    for name in shards:
+        assert (tmp_path / "copy" / name).read_bytes() == b""
+    assert not list((tmp_path / "copy").rglob("indexes-*.gz"))
 
 
 def test_a_corpus_that_changed_is_fetched_where_it_did(tmp_path: Path, published: tuple[str, Path]) -> None:

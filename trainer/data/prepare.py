@@ -27,6 +27,7 @@ from trainer.config import plain, show
 from trainer.data.audio import FeaturesConfig
 from trainer.data.corpora.base import MAX_SHOWN, SPLITS, BadLinesError, SplitName, Utterance, listing, split_by_text
 from trainer.data.index import index_path
+from trainer.data.mirror import bundle_name
 from trainer.data.packing import NOTES, Note, Sample, Task, feature_settings, is_done, note_path, read_note, write_shard
 from trainer.data.parallel import Display, results, stop_by_exception
 from trainer.data.speech import (
@@ -384,7 +385,7 @@ def band_statistics(features: FeaturesConfig, notes: Sequence[Note]) -> BandStat
 
 def _is_written(prepared: Prepared, root: Path) -> bool:
     try:
-        return Prepared.load(root) == prepared
+        return Prepared.load(root) == prepared and (root / bundle_name(prepared.files)).is_file()
     except UserError:
         return False
 

@@ -12,19 +12,14 @@ never came.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
-import re
 import threading
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -33,9 +28,7 @@ from pydantic import PositiveFloat, field_validator
 
 from trainer import keyed
 from trainer.config import Config, show
-from trainer.data.index import index_path
-from trainer.data.text import SUBWORDS_FILE
-from trainer.data.transfer import Source, TransferError, fetch, open_source, public, wrong_url
+from trainer.data.transfer import TransferError, fetch, open_source, public, wrong_url
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,7 +36,6 @@ log = logging.getLogger(__name__)
 STATE = ".remote"
 PARALLEL = 4
 """Shards that one process fetches at the same time."""
-PARALLEL_INDEXES = 16
 AGAIN_SECONDS = 300.0
 """A shard that did not come is not asked for again before that: each of its samples would wait for all the tries."""
 GIGABYTE = 10**9
@@ -374,129 +366,3 @@ def put_empty(path: Path, state: Path) -> None:
     temporary = state / f"{path.parent.name}-{path.name}.empty{os.getpid()}"
     temporary.touch()
     temporary.replace(path)
-
-
-# --- the folder ------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=8)  # once a process: `corpus.json` is asked for by the data of each split and by the model
-def mirror(folder: Path, remote: RemoteConfig) -> None:
-    """Bring `corpus.json` and the indexes of a corpus here, and an empty file for each shard that is not.
-
-    An index that is here already is kept while its checksum is the one in `corpus.json`; if it changes, the shard is
-    fetched anew too. Where the server cannot be reached and a complete copy is here, that is used.
-
-    Raises:
-        UserError: they cannot be had, or are none.
-    """
-    from trainer.data.speech import Prepared
-
-    assert remote.url is not None
-    where = f"data.remote.url = {public(remote.url)}"
-    state = folder / STATE
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.path = {folder}: cannot be made: {error.strerror}; choose another folder") from error
-    with (state / "mirror.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _claim(folder, remote.url)
-        source = open_source(remote.url)
-        fresh = state / "corpus.json"
-        try:
-            for left in state.glob("corpus.json.part*"):  # small: it must not be put together from two versions
-                left.unlink()
-            fetch(source, "corpus.json", fresh, state / "corpus.json.part")
-        except TransferError as error:
-            if (folder / "corpus.json").is_file():
-                log.warning("%s: cannot be reached (%s); the copy in %s is used", where, error, show(folder))
-                return
-            raise UserError(f"{where}: corpus.json: {error}; mend the URL, or the way to it") from error
-        if (folder / "corpus.json").is_file() and fresh.read_bytes() == (folder / "corpus.json").read_bytes():
-            fresh.unlink()
-            return
-        (folder / "corpus.json").unlink(missing_ok=True)  # until all is here
-        prepared = Prepared.load(state)
-        wanted = {
-            f"{split}/{name}": file for split, info in prepared.splits.items() for name, file in info.files.items()
-        }
-        if len(wanted) != sum(info.shards for info in prepared.splits.values()):
-            raise UserError(
-                f"{where}: its corpus.json does not list the shards, since it was made by an older version; run "
-                "`./launch.sh prepare CONFIG` again where it lies (nothing is written anew but corpus.json)"
-            )
-        for name in wanted:
-            if not re.fullmatch(r"(train|valid|test)/\w[\w@+=.-]*\.tar", name):
-                raise UserError(f"{where}: corpus.json: {name!r}: is no name of a shard")
-
-        def bring(name: str) -> None:
-            shard = folder / name
-            index = index_path(shard)
-            if index.is_file() and zlib.crc32(index.read_bytes()) == wanted[name].index_crc32:
-                if not shard.exists():
-                    put_empty(shard, state)
-                return
-            shard.parent.mkdir(exist_ok=True)
-            landing = state / f"{shard.parent.name}-{index.name}"
-            fetch(source, f"{shard.parent.name}/{index.name}", landing, landing.with_suffix(".part"))
-            if zlib.crc32(landing.read_bytes()) != wanted[name].index_crc32:
-                raise TransferError("is not the one that corpus.json names")
-            put_empty(shard, state)
-            landing.replace(index)
-
-        try:
-            if prepared.subwords_sha256:
-                _bring_vocabulary(folder, source, prepared.subwords_sha256)
-        except TransferError as error:
-            raise UserError(f"{where}: {SUBWORDS_FILE}: {error}; put the right one there") from error
-        try:
-            with ThreadPoolExecutor(PARALLEL_INDEXES) as pool:
-                for future in [pool.submit(bring, name) for name in wanted]:
-                    future.result()
-        except TransferError as error:
-            raise UserError(f"{where}: an index: {error}; what came is kept, start again to go on") from error
-        except OSError as error:
-            raise UserError(f"data.path = {folder}: cannot be written: {error.strerror}; make room") from error
-        for shard in {p for split in prepared.splits for p in (folder / split).glob("*.tar")}:
-            if f"{shard.parent.name}/{shard.name}" not in wanted:
-                index_path(shard).unlink(missing_ok=True)
-                shard.unlink()
-        fresh.replace(folder / "corpus.json")
-
-
-def _bring_vocabulary(folder: Path, source: Source, sha256: str) -> None:
-    """Bring the subwords here, unless they are.
-
-    Raises:
-        TransferError: they did not come, or are not those of this hash.
-    """
-    vocabulary = folder / SUBWORDS_FILE
-    if vocabulary.is_file() and hashlib.sha256(vocabulary.read_bytes()).hexdigest() == sha256:
-        return
-    landing = folder / STATE / SUBWORDS_FILE
-    fetch(source, SUBWORDS_FILE, landing, landing.with_suffix(".part"))
-    if hashlib.sha256(landing.read_bytes()).hexdigest() != sha256:
-        raise TransferError("is not the one that corpus.json names")
-    landing.replace(vocabulary)
-
-
-def _claim(folder: Path, url: str) -> None:
-    """See to it that a folder is the copy of this URL and of nothing else.
-
-    Raises:
-        UserError: it holds another corpus.
-    """
-    name = folder / STATE / "url"
-    told = public(url)
-    if not name.is_file():
-        if (folder / "corpus.json").exists() or any((folder / split).exists() for split in ("train", "valid", "test")):
-            raise UserError(
-                f"data.path = {folder}: holds a corpus of its own; choose another folder for the copy of "
-                f"data.remote.url = {told}, or leave data.remote.url out"
-            )
-        name.write_text(told, encoding="utf-8")
-    elif (there := name.read_text(encoding="utf-8")) != told:
-        raise UserError(
-            f"data.path = {folder}: is the copy of {there}, not of data.remote.url = {told}; choose another folder, or "
-            "delete this one"
-        )

@@ -31,9 +31,10 @@ from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import MISSING, Batch, Fault, Media
 from trainer.data.index import Entry, Index, index_path
+from trainer.data.mirror import bundle_indexes, mirror
 from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, Measures, MicroBatch
 from trainer.data.reader import ShardReader
-from trainer.data.remote import GIGABYTE, Ahead, Cache, RemoteConfig, mirror
+from trainer.data.remote import GIGABYTE, Ahead, Cache, RemoteConfig
 from trainer.data.tars import transcript
 from trainer.data.text import SUBWORDS_FILE, SubwordsConfig, TextConfig, Tokens, UnknownCharacterError
 from trainer.data.transfer import TransferError
@@ -126,6 +127,11 @@ class Prepared(BaseModel):
     """What transcripts held that is not in the alphabet, and was dropped or became a space: how often each."""
     splits: dict[str, SplitInfo]
     statistics: BandStatistics
+
+    @property
+    def files(self) -> dict[str, ShardFile]:
+        """Every shard by its name below the folder, as in train/shard-000000.tar."""
+        return {f"{split}/{name}": file for split, info in self.splits.items() for name, file in info.files.items()}
 
     def reading(self, text: TextConfig) -> TextConfig:
         """How a transcript in the shards is read: what others wrote is normalised, what `prepare` wrote is already."""
@@ -479,7 +485,7 @@ def _open_cache(config: SpeechDataConfig, split: str, prepared: Prepared, plan: 
         UserError: it is to be smaller than what a plan reads at a time.
     """
     assert config.remote.url is not None
-    sizes = {f"{s}/{name}": f.bytes for s, info in prepared.splits.items() for name, f in info.files.items()}
+    sizes = {name: file.bytes for name, file in prepared.files.items()}
     limit = int(config.remote.cache_gb * GIGABYTE)
     own = sorted((size for name, size in sizes.items() if name.startswith(f"{split}/")), reverse=True)
     wanted = sum(own[: 2 * plan.window_shards])
@@ -536,7 +542,9 @@ def build_log_mel(config: SpeechDataConfig, prepared: Prepared) -> LogMel | Prec
 
 
 def write_prepared(prepared: Prepared, folder: Path) -> None:
-    """Write `corpus.json`, whole or not at all."""
+    """Write `corpus.json`, whole or not at all, and the indexes in one file before it."""
+    if prepared.files:
+        bundle_indexes(folder, prepared.files)
     temporary = folder / "corpus.json.tmp"
     temporary.write_text(json.dumps(prepared.model_dump(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / "corpus.json")
