@@ -1,4 +1,7 @@
-"""Our kernels beside what a user would otherwise pick, as ratios of one interleaved run, after checking both agree.
+"""Our kernels beside what a user would otherwise pick, as ratios of one interleaved run.
+
+Before a line is timed its outputs and gradients are compared with those of the definition (`kernels.reference`) in
+float64, and those of its rivals with ours.
 
 Every row also gives the share of the floor: the multiply-adds that the recurrence cannot do without at the rate of a
 loop of nothing else (`cpu.peak_flops`), or, where bytes and not flops are the limit, the speed of a plain copy.
@@ -14,12 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import cpu
-from kernels.ops import recurrence
+from kernels import cpu, reference
+from kernels.ops import pack, recurrence
 from kernels.reference import GATES, hash24
 
 Outputs = Callable[[], Tensor]
+Function = Callable[..., Tensor]
 Rivals = dict[str, tuple[Outputs, list[Tensor], bool]]
+TOLERANCE = 1e-5
+"""Relative L2 between our float32 and the definition in float64; weights with norms above 1 amplify what is rounded."""
+BFLOAT16_TOLERANCE = 0.02
+RIVALS_TOLERANCE = 1e-4
 MODULES: dict[str, Callable[[int, int], nn.RNNBase]] = {"rnn_tanh": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
@@ -28,21 +36,28 @@ class Bench:
     """One line of the table.
 
     Args:
-        ours: computes the output; differentiable by `inputs`.
+        function: ours: the output of `inputs`, differentiable by them.
+        exact: the definition of it, which takes any precision.
         rivals: the same by other means, by name.
         equal: whether a rival computes the same numbers (a dense net of the same size does not).
         flops: of the recurrence forward; backward takes twice as many more.
         numbers: elements that a copy would move, where bytes are the limit.
         wanted: at least this ratio or share, forward and forward + backward, by the rival's name, "floor" or "copy".
+        tolerance: relative L2 to the definition; more than rounding where weights are rounded to bfloat16.
     """
 
     name: str
-    ours: Outputs
+    function: Function
+    exact: Function
     inputs: list[Tensor]
     rivals: Rivals = field(default_factory=dict)
     flops: float = 0.0
     numbers: int = 0
     wanted: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    tolerance: float = TOLERANCE
+
+    def ours(self) -> Tensor:
+        return self.function(*self.inputs)
 
 
 def block_loop(u: Tensor, weight: Tensor) -> Tensor:
@@ -109,6 +124,24 @@ def _case(cell: str, steps: int, batch: int, blocks: int, size: int | None) -> t
     return torch.randn(steps, batch, gates * hidden).requires_grad_(), weight.requires_grad_()
 
 
+def _ours(cell: str) -> Function:
+    return lambda u, weight, bias=None, **more: recurrence(u, weight, cell=cell, bias=bias, **more)[0]
+
+
+def _exact(cell: str) -> Function:
+    def function(u: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return reference.recurrence(u, weight, None, None, bias, None, None, None, cell, [False], [0.0, 0.0])[0]
+
+    return function
+
+
+def bench(cell: str, name: str, u: Tensor, weight: Tensor, rivals: Rivals, **facts: Any) -> Bench:
+    """A line of one recurrence without projections; the definition, a loop of plain PyTorch, is a rival too."""
+    exact = _exact(cell)
+    loop: Rivals = {"reference": (lambda: exact(u, weight), [u, weight], True)}
+    return Bench(name, _ours(cell), exact, [u, weight], loop | rivals, **facts)
+
+
 def block_bench(steps: int, batch: int, size: int, hidden: int = 1024, **wanted: tuple[float, float | None]) -> Bench:
     """tanh blocks of P = `size` against the loop, FlashRNN, and a dense nn.RNN of as many units."""
     u, weight = _case("rnn_tanh", steps, batch, hidden // size, size)
@@ -120,27 +153,44 @@ def block_bench(steps: int, batch: int, size: int, hidden: int = 1024, **wanted:
         "dense": (lambda: dense(x)[0], list(dense.parameters()), False),
         **flashrnn_rivals("rnn_tanh", u, weight),
     }
-    flops = 2.0 * steps * batch * hidden * size
-    name = f"blocks of {size}, B={batch}, T={steps}"
-    return Bench(name, lambda: recurrence(u, weight, cell="rnn_tanh")[0], [u, weight], rivals, flops, wanted=wanted)
+    return bench(
+        "rnn_tanh",
+        f"blocks of {size}, B={batch}, T={steps}",
+        u,
+        weight,
+        rivals,
+        flops=2.0 * steps * batch * hidden * size,
+        numbers=u.numel() if "copy" in wanted else 0,
+        wanted=wanted,
+    )
 
 
-def dense_bench(cell: str, batch: int, hidden: int, steps: int = 100, **wanted: tuple[float, float | None]) -> Bench:
-    """One dense layer against torch's own, the input projection on both sides."""
+def dense_bench(cell: str, batch: int, hidden: int, bfloat16: bool = False, **wanted: tuple[float, float]) -> Bench:
+    """One dense layer of 100 steps against torch's own, the input projection on both sides."""
     net = MODULES[cell](hidden, hidden)
     weight_ih, weight_hh, bias_ih, bias_hh = (p for _, p in net.named_parameters())
-    x = torch.randn(steps, batch, hidden).requires_grad_()
+    x = torch.randn(100, batch, hidden).requires_grad_()
     gates = GATES[cell]
     weight = weight_hh.detach().view(gates, 1, hidden, hidden).clone().requires_grad_()
 
-    def ours() -> Tensor:
-        u = nn.functional.linear(x, weight_ih, bias_ih)
-        return recurrence(u, weight, cell=cell, bias=bias_hh)[0]
+    def layer(run: Function, **more: Any) -> Function:
+        def function(x: Tensor, weight: Tensor, weight_ih: Tensor, bias_ih: Tensor, bias_hh: Tensor) -> Tensor:
+            return run(nn.functional.linear(x, weight_ih, bias_ih), weight, bias_hh, **more)
 
-    own = [x, weight, weight_ih, bias_ih, bias_hh]
-    flops = 2.0 * 2 * steps * batch * gates * hidden * hidden
-    rivals = {"torch": (lambda: net(x)[0], [x, *net.parameters()], True)}
-    return Bench(f"dense {cell.removesuffix('_tanh')}, H={hidden}, B={batch}", ours, own, rivals, flops, wanted=wanted)
+        return function
+
+    more = {"packed": pack(weight, cell, bfloat16=True)} if bfloat16 else {}
+    rivals: Rivals = {"torch": (lambda: net(x)[0], [x, *net.parameters()], not bfloat16)}
+    return Bench(
+        f"dense {cell.removesuffix('_tanh')}, H={hidden}, B={batch}" + (", bfloat16 weights" if bfloat16 else ""),
+        layer(_ours(cell), **more),
+        layer(_exact(cell)),
+        [x, weight, weight_ih, bias_ih, bias_hh],
+        rivals,
+        flops=2.0 * 2 * 100 * batch * gates * hidden * hidden,
+        wanted=dict(wanted),
+        tolerance=BFLOAT16_TOLERANCE if bfloat16 else TOLERANCE,
+    )
 
 
 def benches() -> Iterator[Bench]:
@@ -149,29 +199,18 @@ def benches() -> Iterator[Bench]:
     yield block_bench(500, 1, 64, loop=(9, 11), dense=(20, 20))
     yield block_bench(100, 16, 256, floor=(0.75, 0.70))
     yield block_bench(100, 32, 256, floor=(0.75, 0.70))
-    u, weight = _case("rnn_tanh", 100, 16, 64, 16)
-    yield Bench(
-        "blocks of 16, B=16, T=100",
-        lambda: recurrence(u, weight, cell="rnn_tanh")[0],
-        [u, weight],
-        {"loop": (lambda: block_loop(u, weight), [u, weight], True), **flashrnn_rivals("rnn_tanh", u, weight)},
-        2.0 * u.numel() * 16,
-        u.numel(),
-        {"copy": (0.35, None)},
-    )
+    yield block_bench(100, 16, 16, copy=(0.35, None))
     for cell in ("lstm", "gru"):
-        v, gates = _case(cell, 100, 16, 16, 64)
-        flops = 2.0 * v.numel() * 64
-        rivals = flashrnn_rivals(cell, v, gates)
-        yield Bench(f"{cell} blocks of 64, B=16", _closure(cell, v, gates), [v, gates], rivals, flops)
-    d, diagonal = _case("rnn_relu", 100, 16, 1024, None)
-    yield Bench(
-        "diagonal, H=1024, B=16",
-        _closure("rnn_relu", d, diagonal),
-        [d, diagonal],
-        numbers=d.numel(),
-        wanted={"copy": (0.8, None)},
-    )
+        u, weight = _case(cell, 100, 16, 16, 64)
+        flops = 2.0 * u.numel() * 64
+        yield bench(cell, f"{cell} blocks of 64, B=16", u, weight, flashrnn_rivals(cell, u, weight), flops=flops)
+    for cell in ("rnn_relu", "gru", "lstm"):
+        u, weight = _case(cell, 100, 16, 1024, None)
+        name = f"diagonal{'' if cell == 'rnn_relu' else f' {cell}'}, H=1024, B=16"
+        bytes_bound: dict[str, Any] = (
+            {"numbers": u.numel(), "wanted": {"copy": (0.8, None)}} if cell == "rnn_relu" else {}
+        )
+        yield bench(cell, name, u, weight, {}, **bytes_bound)
     for cell in ("rnn_tanh", "gru", "lstm"):
         for hidden in (256, 512, 1024):
             for batch in (1, 4, 16, 32):
@@ -180,6 +219,8 @@ def benches() -> Iterator[Bench]:
                 if cell != "lstm" and not few:
                     wanted = (1.1, 1.1)
                 yield dense_bench(cell, batch, hidden, torch=wanted)
+    for cell in ("rnn_tanh", "gru"):  # one row: bound by reading the weights
+        yield dense_bench(cell, 1, 1024, bfloat16=True)
 
 
 def _closure(cell: str, u: Tensor, weight: Tensor) -> Outputs:
@@ -187,22 +228,31 @@ def _closure(cell: str, u: Tensor, weight: Tensor) -> Outputs:
 
 
 def _agree(bench: Bench) -> None:
-    """The outputs and gradients of equal rivals agree with ours.
+    """Ours agrees with the definition in float64, and rivals that compute the same agree with ours.
 
     Raises:
         AssertionError: they do not, so that no ratio would mean anything.
     """
+
+    def compare(what: str, x: Tensor, y: Tensor, tolerance: float) -> None:
+        error = float((x - y).norm() / y.norm())
+        if not error < tolerance:
+            raise AssertionError(f"{bench.name}: {what} differs by {error:.1e}")
+
     ours = bench.ours()
     weights = torch.randn_like(ours)
-    for name, (rival, _, equal) in bench.rivals.items():
-        if not equal:
-            continue
-        theirs = rival()
-        a, b = (torch.autograd.grad(y, bench.inputs[:1], weights, retain_graph=True)[0] for y in (ours, theirs))
-        for what, x, y in (("output", ours.detach(), theirs.detach()), ("gradient", a, b)):
-            error = float((x - y).norm() / y.norm())
-            if not error < 1e-4:
-                raise AssertionError(f"{bench.name}: the {what} of {name} differs by {error:.1e}")
+    gradients = torch.autograd.grad(ours, bench.inputs, weights, retain_graph=True)
+    doubles = [x.detach().double().requires_grad_() for x in bench.inputs]
+    exact = bench.exact(*doubles)
+    compare("our output", ours.detach(), exact.detach(), bench.tolerance)
+    for number, (x, y) in enumerate(zip(gradients, torch.autograd.grad(exact, doubles, weights.double()), strict=True)):
+        compare(f"our gradient of input {number}", x, y, bench.tolerance)
+    for name, (rival, inputs, equal) in bench.rivals.items():
+        if equal:
+            theirs = rival()
+            (gradient,) = torch.autograd.grad(theirs, inputs[:1], weights)
+            compare(f"the output of {name}", theirs.detach(), ours.detach(), RIVALS_TOLERANCE)
+            compare(f"the gradient of {name}", gradient, gradients[0], RIVALS_TOLERANCE)
 
 
 def _forward(function: Outputs) -> Callable[[], object]:
@@ -327,6 +377,9 @@ def run(seconds: float = 1.0, only: str = "", say: Callable[[str], None] = print
 
     Returns:
         the floor, and a list of lines.
+
+    Raises:
+        ValueError: no line has this text in its name.
     """
     torch.manual_seed(0)
     cpu.keep_pages()
@@ -334,15 +387,19 @@ def run(seconds: float = 1.0, only: str = "", say: Callable[[str], None] = print
     torch.set_num_threads(1)
     try:
         peak = cpu.peak_flops()
-        lines = []
+        lines, names = [], []
         for bench in benches():
+            names.append(bench.name)
             if only in bench.name:
                 say(bench.name)
                 lines.append(measure(bench, seconds, peak))
         for more in (lengths, threads):
+            names.append(more.__name__)
             if only in more.__name__:
                 say(more.__name__)
                 lines.append(more(seconds))
     finally:
         torch.set_num_threads(before)
+    if not lines:
+        raise ValueError(f"no line has {only!r} in its name, which is one of {', '.join(names)}")
     return {"peak_gflops": peak / 1e9, "instruction_set": cpu.instruction_set(), "lines": lines}

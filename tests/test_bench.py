@@ -76,7 +76,7 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--only=blocks of 16", "--seconds=0.01", f"--json={out}", f"--picture={picture}"]
     assert main(["bench", "kernels", *arguments]) == 0
     (line,) = json.loads(out.read_text())["lines"]
-    assert set(line["forward"]) - {"flashrnn"} == {"milliseconds", "loop", "copy", "floor"}
+    assert set(line["forward"]) - {"flashrnn"} == {"milliseconds", "reference", "loop", "dense", "copy", "floor"}
     assert 0 < line["both"]["floor"]["median"] < 1
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "blocks of 16" in capsys.readouterr().out
@@ -84,6 +84,17 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong.rivals = {"loop": (lambda: 2 * wrong.ours(), wrong.inputs, True)}
     with pytest.raises(AssertionError, match="the output of loop differs"):
         kernel_bench.measure(wrong, 0.01, 1e11)
+    wrong.exact = lambda u, weight: 1.001 * wrong.function(u.float(), weight.float()).double()
+    with pytest.raises(AssertionError, match="our output differs"):
+        kernel_bench.measure(wrong, 0.01, 1e11)
+    assert main(["bench", "kernels", "--only=blocks of 17"]) == EXIT_USER_MISTAKE
+    assert "no line has 'blocks of 17' in its name, which is one of blocks of 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["diagonal gru, H=1024", "dense gru, H=1024, B=1, bfloat16"])
+def test_every_kind_of_line_agrees_with_its_definition(line: str) -> None:
+    (found,) = [b for b in kernel_bench.benches() if b.name.startswith(line)]
+    kernel_bench._agree(found)
 
 
 @pytest.mark.parametrize("line", ["blocks of 64, B=1,", "gru blocks", "lstm blocks"])

@@ -226,7 +226,10 @@ def _kernels(arguments: argparse.Namespace) -> dict[str, Any]:
     if not kernels.is_fast(torch.empty(0), "lstm"):
         raise UserError(f"bench kernels: the CPU runs {kernels.explain(torch.empty(0))}")
     console = Console(width=150 if not sys.stdout.isatty() else None)
-    result = bench.run(arguments.seconds, arguments.only, lambda name: print(name, file=sys.stderr, flush=True))
+    try:
+        result = bench.run(arguments.seconds, arguments.only, lambda name: print(name, file=sys.stderr, flush=True))
+    except ValueError as error:
+        raise UserError(f"--only {arguments.only}: {error}") from error
     table = Table(title=f"forward / forward + backward, medians; floor {result['peak_gflops']:.0f} GFLOP/s a core")
     for heading in ("", "ms", "of the floor", "against", "ratio (quartiles)", "wanted"):
         table.add_column(heading)
