@@ -47,9 +47,8 @@ struct Diagonal {
       const int64_t t = backwards ? x.T - 1 - step : step;
       for (int64_t r = 0; r < n; r++)
         if (t < length(it.r0 + r))
-          for (int64_t j = 0; j < width; j += L<R>)
-            forward_step(it.r0 + r, t, backwards ? -x.B : x.B, it.k0 + j, int(std::min<int64_t>(L<R>, width - j)),
-                         h + r * room + j, c + r * room + j);
+          simple(width) ? forward_row<true>(it, it.r0 + r, t, backwards ? -x.B : x.B, h + r * room, c + r * room)
+                        : forward_row<false>(it, it.r0 + r, t, backwards ? -x.B : x.B, h + r * room, c + r * room);
         else
           past_the_end(t * x.B + it.r0 + r, it.k0, width);
     }
@@ -65,45 +64,59 @@ struct Diagonal {
       std::fill_n(at<R>(x.saved, (frame * std::max(S, 1) + i) * H + column), width, R(0));
   }
 
-  INLINE V<R> weight(int g, int64_t column, int valid) const { return load<R>(at<R>(x.weight, g * H + column), valid); }
-  INLINE V<R> bias(int g, int64_t column, int valid) const {
-    return x.bias ? load<R>(at<R>(x.bias, g * H + column), valid) : V<R>{};
-  }
-  INLINE V<R> masked(V<R> h, int64_t row, int64_t column, int valid) const {
-    return x.mask ? h * load<R>(at<R>(x.mask, row * H + column), valid) : h;
+  bool simple(int64_t width) const { return !x.mask && !zone_h.on && !zone_c.on && width % L<R> == 0; }
+
+  // Vector at column j of a row of weights, biases or masks; none is zero.
+  static INLINE V<R> optional(const R* p, int64_t j, int valid) { return p ? load<R>(p + j, valid) : V<R>{}; }
+
+  // What lies before us in memory is fetched meanwhile, once a line.
+  static INLINE void fetch_line(const R* p, int64_t j) {
+    if (j * int64_t(sizeof(R)) % 64 == 0) fetch(p + j);
   }
 
-  // `ahead`: frames from this step to the next. The memory that it will need is fetched meanwhile.
-  INLINE void forward_step(int64_t row, int64_t t, int64_t ahead, int64_t column, int valid, R* h_at, R* c_at) const {
-    const int64_t frame = t * x.B + row;
-    const V<R> hp = load<R>(h_at, valid), hm = masked(hp, row, column, valid);
-    V<R> u[G], v[G], s[S + 1], h, c = {}, cp = {};
-    UNROLL for (int g = 0; g < G; g++) {
-      u[g] = load<R>(at<R>(x.u, (frame * G + g) * H + column), valid);
-      fetch(at<R>(x.u, ((frame + ahead) * G + g) * H + column));
-      v[g] = weight(g, column, valid) * hm;
-      if (C != RNN_MODRELU) v[g] += bias(g, column, valid);
-    }
-    if constexpr (C == GRU_ORIGINAL) {
-      Cell<R, C>::gates(u, v, s);
-      v[2] = weight(2, column, valid) * (s[0] * hm) + bias(2, column, valid);
-    }
-    if (C == LSTM) cp = load<R>(c_at, valid);
-    Cell<R, C>::forward(u, v, C == RNN_MODRELU ? bias(0, column, valid) : V<R>{}, hp, cp, h, c, s);
-    if (S == 0 && x.saved) store<R>(at<R>(x.saved, frame * H + column), h, valid);
-    if (zone_h.on) h += zone_h.old_share(row, t, column) * (hp - h);
-    if constexpr (C == LSTM) {
-      if (zone_c.on) c += zone_c.old_share(row, t, column) * (cp - c);
-      store<R>(c_at, c, valid);
-      s[4] = c;
-    }
-    store<R>(h_at, h, valid);
-    store<R>(at<R>(x.y, frame * H + column), h, valid);
-    fetch(at<R>(x.y, (frame + ahead) * H + column));
-    if (S && x.saved) {
-      UNROLL for (int i = 0; i < S; i++) {
-        store<R>(at<R>(x.saved, (frame * S + i) * H + column), s[i], valid);
-        fetch(at<R>(x.saved, ((frame + ahead) * S + i) * H + column));
+  // One row at one step. Everything that a vector needs is a pointer of our own: through `x` the compiler would load
+  // all of them again after each store. `ahead`: frames from this step to the next. SIMPLE: no mask, no zoneout, whole
+  // vectors.
+  template <bool SIMPLE>
+  void forward_row(const Item& it, int64_t row, int64_t t, int64_t ahead, R* h_at, R* c_at) const {
+    const int64_t H = this->H, width = it.k1 - it.k0, k0 = it.k0, frame = t * x.B + row;
+    const R *u_at = at<R>(x.u, frame * G * H + k0), *weight = at<R>(x.weight, k0);
+    const R* bias = x.bias ? at<R>(x.bias, k0) : nullptr;
+    const R* mask = !SIMPLE && x.mask ? at<R>(x.mask, row * H + k0) : nullptr;
+    R *y_at = at<R>(x.y, frame * H + k0), *saved = x.saved ? at<R>(x.saved, frame * std::max(S, 1) * H + k0) : nullptr;
+    const int64_t next = ahead * H;
+    const Zone<R> zone_h = this->zone_h, zone_c = this->zone_c;
+    for (int64_t j = 0; j < width; j += L<R>) {
+      const int valid = SIMPLE ? L<R> : int(std::min<int64_t>(L<R>, width - j));
+      const V<R> hp = load<R>(h_at + j, valid), hm = mask ? hp * load<R>(mask + j, valid) : hp;
+      V<R> u[G], v[G], s[S + 1], h, c = {}, cp = {};
+      UNROLL for (int g = 0; g < G; g++) {
+        u[g] = load<R>(u_at + g * H + j, valid);
+        fetch_line(u_at + g * H + next * G, j);
+        v[g] = load<R>(weight + g * H + j, valid) * hm;
+        if (C != RNN_MODRELU && bias) v[g] += load<R>(bias + g * H + j, valid);
+      }
+      if constexpr (C == GRU_ORIGINAL) {
+        Cell<R, C>::gates(u, v, s);
+        v[2] = load<R>(weight + 2 * H + j, valid) * (s[0] * hm) + optional(bias, 2 * H + j, valid);
+      }
+      if (C == LSTM) cp = load<R>(c_at + j, valid);
+      Cell<R, C>::forward(u, v, C == RNN_MODRELU ? optional(bias, j, valid) : V<R>{}, hp, cp, h, c, s);
+      if (S == 0 && saved) store<R>(saved + j, h, valid);
+      if (!SIMPLE && zone_h.on) h += zone_h.old_share(row, t, k0 + j) * (hp - h);
+      if constexpr (C == LSTM) {
+        if (!SIMPLE && zone_c.on) c += zone_c.old_share(row, t, k0 + j) * (cp - c);
+        store<R>(c_at + j, c, valid);
+        s[4] = c;
+      }
+      store<R>(h_at + j, h, valid);
+      store<R>(y_at + j, h, valid);
+      fetch_line(y_at + next, j);
+      if (S && saved) {
+        UNROLL for (int i = 0; i < S; i++) {
+          store<R>(saved + i * H + j, s[i], valid);
+          fetch_line(saved + i * H + next * S, j);
+        }
       }
     }
   }
@@ -125,9 +138,9 @@ struct Diagonal {
           continue;
         }
         const bool first = backwards ? t == end - 1 : t == 0;
-        for (int64_t j = 0; j < width; j += L<R>)
-          backward_step(row, t, first, backwards, it.k0 + j, int(std::min<int64_t>(L<R>, width - j)), dh + r * room + j,
-                        dc + r * room + j, dw + j, db + j, room);
+        const Gradients to{dh + r * room, dc + r * room, dw, db, room};
+        simple(width) ? backward_row<true>(it, row, t, first, backwards, to)
+                      : backward_row<false>(it, row, t, first, backwards, to);
       }
     }
     for (int64_t r = 0; r < n; r++) {
@@ -140,62 +153,78 @@ struct Diagonal {
     }
   }
 
-  INLINE void backward_step(int64_t row, int64_t t, bool first, bool backwards, int64_t column, int valid, R* dh_at,
-                            R* dc_at, R* dw_at, R* db_at, int64_t room) const {
-    const int64_t frame = t * x.B + row, before = (t + (backwards ? 1 : -1)) * x.B + row, place = row * H + column;
-    const R *y = at<R>(x.y, 0), *saved = at<R>(x.saved, 0);
-    V<R> s[S + 1], du[G], dv[G], dh_old = {}, dc_old = {}, c_new = {}, cp = {}, dc = {}, dc_through = {}, through = {};
-    const int64_t ahead = before - frame;
-    UNROLL for (int i = 0; i < S; i++) {
-      s[i] = load<R>(saved + (frame * S + i) * H + column, valid);
-      fetch(saved + ((frame + ahead) * S + i) * H + column);
-    }
-    V<R> hp = {};
-    if (!first)
-      hp = load<R>(y + before * H + column, valid);
-    else if (x.h0)
-      hp = load<R>(at<R>(x.h0, place), valid);
-    const V<R> now = load<R>(y + frame * H + column, valid), hm = masked(hp, row, column, valid);
-    V<R> dh = load<R>(dh_at, valid) + load<R>(at<R>(x.dy, frame * H + column), valid);
-    fetch(at<R>(x.dy, (frame + ahead) * H + column));
-    fetch(y + (frame + 2 * ahead) * H + column);
-    const V<R> candidate = S == 0 && x.saved ? load<R>(saved + frame * H + column, valid) : now;
-    if (zone_h.on) {
-      through = dh * zone_h.old_share(row, t, column);
-      dh -= through;
-    }
-    if constexpr (C == LSTM) {
-      if (!first)
-        cp = load<R>(saved + (before * S + 4) * H + column, valid);
-      else if (x.c0)
-        cp = load<R>(at<R>(x.c0, place), valid);
-      c_new = s[4];
-      dc = load<R>(dc_at, valid);
-      if (zone_c.on) {
-        const V<R> share = zone_c.old_share(row, t, column);
-        c_new = s[1] * cp + s[0] * s[2];
-        dc_old = dc * share;
-        dc -= dc_old;
+  struct Gradients {
+    R *dh, *dc, *dw, *db;
+    int64_t room;  // from one gate to the next
+  };
+
+  // As `forward_row`. `first`: before this step came the initial state.
+  template <bool SIMPLE>
+  void backward_row(const Item& it, int64_t row, int64_t t, bool first, bool backwards, Gradients to) const {
+    const int64_t H = this->H, width = it.k1 - it.k0, k0 = it.k0, place = row * H + k0, frame = t * x.B + row;
+    const int64_t ahead = (backwards ? 1 : -1) * x.B, before = frame + ahead, next = ahead * H, room = to.room;
+    const R *y_at = at<R>(x.y, frame * H + k0), *dy_at = at<R>(x.dy, frame * H + k0), *weight = at<R>(x.weight, k0);
+    const R* saved = x.saved ? at<R>(x.saved, frame * std::max(S, 1) * H + k0) : nullptr;
+    const R* hp_at = !first ? at<R>(x.y, before * H + k0) : x.h0 ? at<R>(x.h0, place) : nullptr;
+    const R* cp_at = C != LSTM ? nullptr
+                     : !first  ? at<R>(x.saved, (before * S + 4) * H + k0)
+                     : x.c0    ? at<R>(x.c0, place)
+                               : nullptr;
+    const R* mask = !SIMPLE && x.mask ? at<R>(x.mask, place) : nullptr;
+    R *du_at = at<R>(x.du, frame * G * H + k0), *dh_at = to.dh, *dc_at = to.dc, *dw_at = to.dw;
+    R* db_at = dbias ? to.db : nullptr;
+    const Zone<R> zone_h = this->zone_h, zone_c = this->zone_c;
+    for (int64_t j = 0; j < width; j += L<R>) {
+      const int valid = SIMPLE ? L<R> : int(std::min<int64_t>(L<R>, width - j));
+      V<R> s[S + 1], du[G], dv[G], dh_old = {}, dc_old = {}, c_new = {}, cp = {}, dc = {}, dc_through = {},
+                                   through = {};
+      UNROLL for (int i = 0; i < S; i++) {
+        s[i] = load<R>(saved + i * H + j, valid);
+        fetch_line(saved + i * H + next * S, j);
       }
+      const V<R> hp = optional(hp_at, j, valid), hm = mask ? hp * load<R>(mask + j, valid) : hp;
+      const V<R> now = load<R>(y_at + j, valid);
+      V<R> dh = load<R>(dh_at + j, valid) + load<R>(dy_at + j, valid);
+      fetch_line(dy_at + next, j);
+      fetch_line(y_at + 2 * next, j);
+      const V<R> candidate = S == 0 && saved ? load<R>(saved + j, valid) : now;
+      if (!SIMPLE && zone_h.on) {
+        through = dh * zone_h.old_share(row, t, k0 + j);
+        dh -= through;
+      }
+      if constexpr (C == LSTM) {
+        cp = optional(cp_at, j, valid);
+        c_new = s[4];
+        dc = load<R>(dc_at + j, valid);
+        if (!SIMPLE && zone_c.on) {
+          c_new = s[1] * cp + s[0] * s[2];
+          dc_old = dc * zone_c.old_share(row, t, k0 + j);
+          dc -= dc_old;
+        }
+      }
+      Cell<R, C>::backward(s, candidate, hp, cp, c_new, dh, dc, du, dv, dh_old, dc_through);
+      V<R> carried = {};
+      if constexpr (C == GRU_ORIGINAL) {
+        const V<R> back = dv[2] * load<R>(weight + 2 * H + j, valid);  // the gradient of r * hm
+        du[0] = dv[0] = back * hm * s[0] * (R(1) - s[0]);
+        carried = back * s[0];
+      }
+      UNROLL for (int g = 0; g < G; g++) {
+        store<R>(du_at + g * H + j, du[g], valid);
+        fetch_line(du_at + g * H + next * G, j);
+        if (!(C == GRU_ORIGINAL && g == 2)) carried += dv[g] * load<R>(weight + g * H + j, valid);
+        const V<R> met = C == GRU_ORIGINAL && g == 2 ? s[0] * hm : hm;
+        R* dw = dw_at + g * room + j;
+        store<R>(dw, load<R>(dw, valid) + dv[g] * met, valid);
+        if (db_at) {
+          R* db = db_at + g * room + j;
+          store<R>(db, load<R>(db, valid) + bias_gradient<R, C>(dv[g], candidate), valid);
+        }
+      }
+      if (mask) carried *= load<R>(mask + j, valid);
+      store<R>(dh_at + j, dh_old + through + carried, valid);
+      if (C == LSTM) store<R>(dc_at + j, dc_old + dc_through, valid);
     }
-    Cell<R, C>::backward(s, candidate, hp, cp, c_new, dh, dc, du, dv, dh_old, dc_through);
-    V<R> carried = {};
-    if constexpr (C == GRU_ORIGINAL) {
-      const V<R> back = dv[2] * weight(2, column, valid);  // the gradient of r * hm
-      du[0] = dv[0] = back * hm * s[0] * (R(1) - s[0]);
-      carried = back * s[0];
-    }
-    UNROLL for (int g = 0; g < G; g++) {
-      store<R>(at<R>(x.du, (frame * G + g) * H + column), du[g], valid);
-      fetch(at<R>(x.du, ((frame + ahead) * G + g) * H + column));
-      if (!(C == GRU_ORIGINAL && g == 2)) carried += dv[g] * weight(g, column, valid);
-      const V<R> met = C == GRU_ORIGINAL && g == 2 ? s[0] * hm : hm;
-      store<R>(dw_at + g * room, load<R>(dw_at + g * room, valid) + dv[g] * met, valid);
-      if (dbias)
-        store<R>(db_at + g * room, load<R>(db_at + g * room, valid) + bias_gradient<R, C>(dv[g], candidate), valid);
-    }
-    store<R>(dh_at, dh_old + through + masked(carried, row, column, valid), valid);
-    if (C == LSTM) store<R>(dc_at, dc_old + dc_through, valid);
   }
 };
 
