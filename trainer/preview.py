@@ -12,7 +12,8 @@ from trainer import keyed
 from trainer.config import show
 from trainer.data.audio import AudioError, decode_matrix
 from trainer.data.dataset import Media
-from trainer.data.shards import as_prepared, find_shards, prepared_at, read_sound
+from trainer.data.examine import find_shards, read_sound
+from trainer.data.lint import as_prepared, prepared_at
 from trainer.data.speech import SpeechDataConfig
 from trainer.data.tars import Pair, read_contents, transcript
 from trainer.errors import UserError

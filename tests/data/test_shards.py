@@ -20,11 +20,13 @@ from trainer.__main__ import main
 from trainer.data import shards
 from trainer.data.audio import FeaturesConfig
 from trainer.data.corpora.manifest import ManifestConfig
+from trainer.data.examine import read_sound
 from trainer.data.index import Index, index_path
+from trainer.data.lint import collect, lint
 from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.remote import RemoteConfig
-from trainer.data.shards import lint, make_indexes, read_sound
+from trainer.data.shards import make_indexes
 from trainer.data.speech import Prepared, SpeechDataConfig, SpeechDataset
 from trainer.data.tars import read_contents, transcript
 from trainer.data.text import PhonesConfig, SubwordsConfig, TextConfig
@@ -242,7 +244,7 @@ def test_all_kinds_of_labels_and_features_are_indexed_checked_and_copied(tmp_pat
     """As `prepare` does it; the map, which is another if it is applied twice, shows who has normalised a text."""
     config = prepared_corpus(tmp_path, **KINDS[kind])
     assert {f for f in check(config.path) if f[0] != "pace"} == set(), "lint believes corpus.json, not the defaults"
-    assert shards.collect(config.path, CONFIG)[1] == ("phones" if kind == "phones" else "characters")
+    assert collect(config.path, CONFIG)[1] == ("phones" if kind == "phones" else "characters")
     assert preview.write(config.path, tmp_path / "page.html", 2, CONFIG) == 2
     assert (tmp_path / "page.html").read_text().count("<audio") == (0 if kind == "precomputed" else 2)
 
@@ -526,7 +528,7 @@ def test_stats_counts_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder = foreign(tmp_path / "given")
     picture = tmp_path / "picture.png"
     make_indexes(folder, None, CONFIG)
-    groups, what = shards.collect(folder, CONFIG)
+    groups, what = collect(folder, CONFIG)
     assert what == "characters"
     assert {name: group.samples for name, group in groups.items()} == {"train": 4, "valid": 2, "test": 2}
     assert sum(groups["train"].units.values()) == len("yesnostopgo on")

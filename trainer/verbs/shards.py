@@ -66,8 +66,9 @@ def _index(arguments: argparse.Namespace, recipe: "Recipe[Any]", any_rate: bool)
     from rich.console import Console
 
     from trainer.config import show
+    from trainer.data.lint import Finding
     from trainer.data.prepare import size_table
-    from trainer.data.shards import Finding, make_indexes
+    from trainer.data.shards import make_indexes
 
     data = recipe.config.data
     made = make_indexes(arguments.path, arguments.into, data, any_rate)
@@ -89,7 +90,7 @@ def _lint(arguments: argparse.Namespace, recipe: "Recipe[Any]", any_rate: bool) 
 
     from rich.console import Console
 
-    from trainer.data.shards import lint
+    from trainer.data.lint import lint
     from trainer.errors import EXIT_CHECK_FOUND_SOMETHING, EXIT_DONE
 
     plan = recipe.config.plan
@@ -148,7 +149,7 @@ def _stats(arguments: argparse.Namespace, recipe: "Recipe[Any]", any_rate: bool)
     from rich.table import Table
     from rich.text import Text
 
-    from trainer.data.shards import collect
+    from trainer.data.lint import collect
     from trainer.errors import UserError
     from trainer.plots import shard_statistics
 
