@@ -6,10 +6,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data.dataset import Batch, Dataset
@@ -18,6 +19,7 @@ from trainer.signals import STOP_SIGNALS, die_with_parent
 
 AHEAD = 4
 """Micro-batches that each worker prepares in advance."""
+SMALL_BYTES = 1 << 16
 
 
 def _start_worker(_: int) -> None:
@@ -25,6 +27,12 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     for name in STOP_SIGNALS:  # the rank decides when to stop
         signal.signal(name, signal.SIG_IGN)
+
+
+class _Small(NamedTuple):
+    """A small tensor on its way from a worker: inside the message, where torch would open a file of shared memory."""
+
+    values: NDArray[Any]
 
 
 class _MicroBatches(TorchDataset[Batch]):
@@ -35,9 +43,19 @@ class _MicroBatches(TorchDataset[Batch]):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # resampling rounds differently on more: the ledger must not depend on it
         try:
-            return self.dataset.dummy() if micro_batch is None else self.dataset.load(micro_batch)
+            batch = self.dataset.dummy() if micro_batch is None else self.dataset.load(micro_batch)
         finally:
             torch.set_num_threads(threads)
+        return batch if get_worker_info() is None else {name: _packed(value) for name, value in batch.items()}
+
+
+def _packed(value: Any) -> Any:
+    small = isinstance(value, torch.Tensor) and value.nbytes <= SMALL_BYTES and value.dtype != torch.bfloat16
+    return _Small(value.numpy()) if small else value
+
+
+def _unpacked(value: Any) -> Any:
+    return torch.from_numpy(value.values) if isinstance(value, _Small) else value
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -95,5 +113,5 @@ class Loader:
         batches = iter(self._loader)  # starts the workers, and whoever asks for the first step waits for them
         while group := list(islice(batches, self.rounds)):
             self.waited_seconds = time.perf_counter() - start
-            yield self._drawn.popleft(), group
+            yield self._drawn.popleft(), [{name: _unpacked(value) for name, value in b.items()} for b in group]
             start = time.perf_counter()
