@@ -70,11 +70,16 @@ def instruction_set() -> str:
     return order[min(order.index(wanted), order.index(best))]
 
 
+@lru_cache(maxsize=1)
+def openmp() -> str | None:
+    """Path of the GNU OpenMP that torch has loaded; None: it uses another or none, and kernels run on one thread."""
+    return next((line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "gomp" in line), None)
+
+
 def _share_threads(use: Any) -> None:
     """Hand over the entry points of the OpenMP that torch has loaded: a second one would fight for the cores."""
-    path = next((line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "gomp" in line), None)
-    if path is None:
-        return  # another OpenMP or none: one thread
+    if (path := openmp()) is None:
+        return
     gomp = ctypes.CDLL(path)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     use(ctypes.byref(_Threads(*(ctypes.cast(getattr(gomp, name), ctypes.c_void_p) for name in names))))

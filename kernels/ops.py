@@ -143,7 +143,8 @@ def explain(weight: Tensor, cell: str = "lstm") -> str:
         return f"the reference loop (plain PyTorch, slow): {reason}"
     if weight.is_cuda:
         return "Triton"
-    return f"C++ ({cpu.instruction_set() if weight.dtype == torch.float32 else 'double precision, portable'})"
+    build = cpu.instruction_set() if weight.dtype == torch.float32 else "double precision, portable"
+    return f"C++ ({build}{'' if cpu.openmp() else '; on one thread, since torch has not loaded the GNU OpenMP'})"
 
 
 def is_fast(weight: Tensor, cell: str) -> bool:

@@ -43,6 +43,15 @@ def test_the_selftest_counts_by_path_and_finds_a_wrong_kernel(monkeypatch: pytes
         kernels.selftest()
 
 
+def test_the_path_of_a_call_is_explained_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(0)
+    assert kernels.explain(weight) == f"C++ ({cpu.instruction_set()})"
+    monkeypatch.setattr(cpu, "openmp", lambda: None)
+    assert kernels.explain(weight).endswith("; on one thread, since torch has not loaded the GNU OpenMP)")
+    monkeypatch.setattr(cpu, "MISSING", "no compiler")
+    assert kernels.explain(weight) == "the reference loop (plain PyTorch, slow): no compiler"
+
+
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_every_build_agrees_with_the_definition(isa: str) -> None:
     """In a process of its own, where the processor is taken for a lesser one."""
