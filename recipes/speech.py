@@ -93,6 +93,7 @@ class Speech(Recipe[SpeechRunConfig]):
     """Text or phones from audio; the best checkpoint is that of the lowest character or phone error rate."""
 
     monitor = "cer"
+    heads = ("output", "middle_output")
 
     def __init__(self, config: SpeechRunConfig) -> None:
         super().__init__(config)

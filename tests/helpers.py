@@ -1,19 +1,22 @@
 """What several tests need: ranks without a launcher, a tiny corpus, a tiny run."""
 
+import contextlib
 import io
 import json
 import multiprocessing
 import os
 import pickle
+import subprocess
 import tarfile
 import tempfile
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import soundfile
 from webdataset import TarWriter
 
@@ -123,6 +126,21 @@ def encoded(samples: Any, sample_rate_hz: int = 16000, subtype: str = "FLOAT") -
     return stream.getvalue()
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of its own, in memory; needs root."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)])
+    if mounted.returncode:
+        pytest.skip("this container may not mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def _child(rank: int, world_size: int, store: str, pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -212,3 +230,12 @@ def fit(ranks: Any, arguments: list[str]) -> dict[str, Any]:
         "run": training.run.path,
         "stopped": stopped,
     }
+
+
+def fit_and_listen(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    """The same, and what was said to the person who watches."""
+    from trainer.tracking import Tracker
+
+    said: list[str] = []
+    Tracker.say = lambda self, text: said.append(text)
+    return fit(ranks, arguments) | {"said": said}

@@ -2,38 +2,38 @@
 
     checkpoints/
       step-00001200/
-        state.json        everything that is not a tensor, and size and SHA-256 of each file
+        state.json        everything that is not a tensor, and the size of each file
         rank-00000.pt     the slices that rank 0 owned: [(name, slot, start, values), ...]
+        SHA256SUMS        of all of these, as `sha256sum -c` reads it
       latest              name of the newest whole checkpoint
 
 A checkpoint is written under another name, read back, and renamed; `latest` moves after that. So at any instant
 `latest` names a whole one, and what a killed run left half-written has a name that nobody reads.
+`trainer.checkpoint_writer` does that.
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from trainer import distributed
 from trainer.config import Config, show
 from trainer.distributed import BUFFER, CARRIED, WEIGHT, Slice
 from trainer.errors import UserError
 from trainer.optim import AVERAGE
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "latest"
+SUMS = "SHA256SUMS"
 log = logging.getLogger(__name__)
 
 
@@ -72,13 +72,17 @@ class Checkpoint:
             BrokenCheckpointError: something is missing or differs from its checksum.
         """
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            content = (folder / "state.json").read_bytes()
+            lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise BrokenCheckpointError(f"{show(folder)}: state.json: {error}") from error
-        if state.get("format") != FORMAT:
-            raise BrokenCheckpointError(f"{show(folder)}: format {state.get('format')!r}, wanted {FORMAT}")
-        for name, facts in state["files"].items():
-            _check_file(folder / name, facts)
+            raise BrokenCheckpointError(f"{show(folder)}: {error}") from error
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        check_file(folder / "state.json", {"bytes": len(content), "sha256": sums.get("state.json")})
+        state = json.loads(content)
+        if state["format"] != FORMAT:
+            raise BrokenCheckpointError(f"{show(folder)}: format {state['format']!r}, wanted {FORMAT}")
+        for name, size in state["files"].items():
+            check_file(folder / name, {"bytes": size, "sha256": sums.get(name)})
         return cls(folder, state)
 
     def slices(self) -> Iterable[Slice]:
@@ -185,32 +189,88 @@ def shapes_of(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(t.shape) for name, t in model.state_dict().items()}
 
 
-def _check_file(path: Path, facts: dict[str, Any]) -> None:
+def check_file(path: Path, facts: Mapping[str, Any]) -> None:
+    """Read a file and compare it with its {"bytes", "sha256"}.
+
+    Raises:
+        BrokenCheckpointError: it differs or cannot be read.
+    """
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise BrokenCheckpointError(f"{show(path)}: {size} bytes, wanted {facts['bytes']}")
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file.read())
+            while part := file.read(2**22):
+                digest.update(part)
         if digest.hexdigest() != facts["sha256"]:
             raise BrokenCheckpointError(f"{show(path)}: the checksum differs, the file was damaged")
     except OSError as error:
         raise BrokenCheckpointError(f"{show(path)}: {error.strerror}") from error
 
 
-def _digest(content: bytes) -> Any:
-    return hashlib.sha256(content)
+class _Summed:
+    """A file to write to that counts and hashes what passes, and remembers why it could not be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(content)
+        self.size += len(content)
+        return len(content)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
-def _write(path: Path, content: bytes) -> dict[str, Any]:
+def write_tensors(path: Path, slices: list[tuple[str, str, int, Tensor]]) -> dict[str, Any]:
+    """Write one rank's file; returns its {"bytes", "sha256"}.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with path.open("wb", buffering=2**20) as file:
+        summed = _Summed(file)
+        try:
+            torch.save(slices, summed)  # type: ignore[arg-type]
+        except RuntimeError as error:  # torch hides why
+            raise (summed.error or error) from error
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": summed.size, "sha256": summed.digest.hexdigest()}
+
+
+def write(path: Path, content: bytes) -> str:
+    """Write a small file and wait until it is on the disk; returns its SHA-256."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": _digest(content).hexdigest()}
+    return hashlib.sha256(content).hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def write_state(folder: Path, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Complete a checkpoint whose tensors are written: `state.json`, and the checksums of everything.
+
+    Args:
+        files: {"bytes", "sha256"} of each.
+    """
+    sizes = {name: facts["bytes"] for name, facts in files.items()}
+    text = json.dumps({**state, "files": sizes}, ensure_ascii=False, indent=1)
+    sums = {name: facts["sha256"] for name, facts in files.items()}
+    sums["state.json"] = write(folder / "state.json", text.encode())
+    write(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -223,73 +283,16 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def save(folder: Path, config: CheckpointConfig, step: int, slices: Iterable[Slice], state: dict[str, Any]) -> bool:
-    """Write a checkpoint; every rank calls it.
-
-    Args:
-        folder: `checkpoints/` of the run.
-        slices: what this rank owns.
-        state: everything else, JSON values, equal on all ranks. `state["best"]` maps steps to their monitored value.
+    """Write a checkpoint and wait for it; every rank calls it. For the arguments see `Writer.start`.
 
     Returns:
-        whether it was written. A failure (a full disk) is logged, and the older ones stay.
+        whether it was written; why not is logged, and the older ones stay.
     """
-    final = step_folder(folder, step)
-    partial = folder / f".{final.name}.partial"
+    from trainer.checkpoint_writer import Writer  # it is made of the functions of this module
 
-    def make_room() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir()
-
-    def write_own() -> dict[str, Any]:
-        buffer = io.BytesIO()
-        torch.save([(s.name, s.slot, s.start, s.values.cpu().clone()) for s in slices], buffer)
-        return _write(partial / name, buffer.getvalue())
-
-    def publish() -> None:
-        for file, facts in files.items():
-            _check_file(partial / file, facts)
-        whole = {"format": FORMAT, **state, "files": files, "saved_at": time.time()}
-        _write(partial / "state.json", json.dumps(whole, ensure_ascii=False, indent=1).encode())
-        _sync_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_folder(folder)
-        pointer = folder / f".{LATEST}"
-        _write(pointer, f"{final.name}\n".encode())
-        pointer.replace(folder / LATEST)
-        _sync_folder(folder)
-        try:
-            prune(folder, config, {int(s): v for s, v in state.get("best", {}).items()})
-        except OSError as error:
-            log.warning("an old checkpoint was not deleted: %s", error)
-
-    name = f"rank-{torch.distributed.get_rank():05d}.pt"
-    try:
-        distributed.on_first(make_room)
-        written, failure = _attempt(write_own)
-        results = distributed.gather((name, written, failure))
-        failures = [f for _, _, f in results if f]
-        if failures:
-            raise OSError("; ".join(failures))
-        files = {file: facts for file, facts, _ in results}
-        distributed.on_first(publish)
-    except (OSError, BrokenCheckpointError) as error:
-        if torch.distributed.get_rank() == 0:
-            log.warning("checkpoint of step %d was not written: %s", step, error)
-            shutil.rmtree(partial, ignore_errors=True)
-        return False
-    return True
-
-
-def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Run an action that may fail on one rank alone: (result, None) or (None, what went wrong)."""
-    try:
-        return action(), None
-    except (OSError, RuntimeError) as error:
-        return None, str(error)
+    writer = Writer(folder, config)
+    writer.start(step, slices, state)
+    return writer.wait()
 
 
 def prune(folder: Path, config: CheckpointConfig, best: dict[int, float]) -> None:
@@ -312,15 +315,17 @@ def newest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint: the one that `latest` names, or if that is damaged the next older, loudly.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, or have been, but none is whole.
     """
     steps = steps_in(folder)
-    if not steps:
-        return None
     try:
-        named = (folder / LATEST).read_text(encoding="utf-8").strip()
+        named = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         named = ""
+    if not steps and not named:
+        return None
+    if named not in [step_folder(folder, step).name for step in steps]:
+        log.warning("%s: names %r, which is not there", show(folder / LATEST), named)
     order = sorted(steps, key=lambda s: (step_folder(folder, s).name == named, s), reverse=True)
     problems = []
     for step in order:
@@ -335,6 +340,21 @@ def newest(folder: Path) -> Checkpoint | None:
         "\n".join(problems)
         + f"\n{show(folder)}: no checkpoint is whole; restore a copy, or move the run directory away to start anew"
     )
+
+
+def back(folder: Path, number: int) -> Checkpoint | None:
+    """The `number`-th newest checkpoint that is whole, or the oldest where there are fewer; None: there is none."""
+    found = None
+    for step in reversed(steps_in(folder)):
+        try:
+            found = Checkpoint.open(step_folder(folder, step))
+        except BrokenCheckpointError as error:
+            log.warning("damaged checkpoint, trying the one before: %s", error)
+            continue
+        number -= 1
+        if not number:
+            break
+    return found
 
 
 def best(folder: Path) -> Checkpoint:

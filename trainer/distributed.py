@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.errors import UserError
 from trainer.optim import AVERAGE, AdamWConfig, Guarded, RMSpropConfig, build_optimizer
+from trainer.partitions import BY_STAGE
 
 STORE = "OSTINATO_STORE"
 """Environment variable: the file through which the processes of one host meet."""
@@ -26,10 +28,18 @@ STORE = "OSTINATO_STORE"
 class ZeroConfig(Config):
     """What DeepSpeed partitions over the ranks (Rajbhandari et al. 2020, arXiv:1910.02054)."""
 
-    stage: Literal[0, 1, 2] = 0
-    """0: nothing; 1: optimizer state; 2: gradients too. Checkpoints do not depend on it."""
+    stage: Literal[0, 1, 2, 3] = 0
+    """0: nothing; 1: optimizer state; 2: gradients too; 3: weights too. Checkpoints do not depend on it."""
+    offload: bool = False
+    """Keep the optimizer's state in the memory of the host, and step there (stages 1 to 3)."""
     bucket_megabytes: float = Field(100.0, gt=0)
     """Gradients are reduced in pieces of this size."""
+
+    @model_validator(mode="after")
+    def _offload_needs_a_stage(self) -> "ZeroConfig":
+        if self.offload and not self.stage:
+            raise ValueError("offload = True with stage = 0, which partitions nothing; set zero.stage to 1, 2 or 3")
+        return self
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    return dist.get_rank() == 0
+
+
 def barrier() -> None:
     if dist.get_world_size() > 1:
         dist.barrier()
@@ -123,8 +138,26 @@ def on_first(action: Callable[[], Any]) -> Any:
     return result
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+SMALL = 10_000
+"""At stage 3, weights of so many elements stay whole on every rank: fetching them would cost more than it saves."""
+ONE_GROUP = 10**15
+"""At stage 3, more elements than any model has: a parameter group is stepped at once."""
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse what the device cannot do.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision = 'fp16': this host has no GPU, and fp16 needs one; set precision=bf16 or fp32")
+
+
 def deepspeed_config(
-    zero: ZeroConfig, optimizer: AdamWConfig | RMSpropConfig, precision: str, rounds: int
+    zero: ZeroConfig, optimizer: AdamWConfig | RMSpropConfig, precision: Precision, rounds: int
 ) -> dict[str, Any]:
     """The DeepSpeed JSON that follows from a run's configuration.
 
@@ -132,18 +165,23 @@ def deepspeed_config(
         rounds: micro-batches that each rank runs a step.
     """
     stage = zero.stage
+    partition: dict[str, Any] = {"stage": stage, "reduce_bucket_size": int(zero.bucket_megabytes * 2**18)}
+    if stage == 3:
+        partition |= {"stage3_param_persistence_threshold": SMALL, "sub_group_size": ONE_GROUP}
+    if zero.offload:
+        partition["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # nominal: the plan decides how many samples a micro-batch holds
         "gradient_accumulation_steps": rounds,
         "gradient_clipping": optimizer.clip_norm if stage else 0.0,  # at stage 0 by `Guarded`, with the norm it needs
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": int(zero.bucket_megabytes * 2**18)},
+        "zero_optimization": partition,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if precision == "bf16":  # `bf16.enabled` would cast the weights themselves, and what is parametrised by them
-        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    if dtype := AUTOCAST.get(precision):  # `bf16.enabled` would cast the weights themselves, and what they parametrise
+        derived["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return derived
 
 
@@ -173,6 +211,43 @@ class Applied:
     """False: the gradient was not finite, and nothing changed on any rank."""
     grad_norm: float
     """Of the whole gradient before clipping; NaN or infinite if refused."""
+    rescaled: bool = False
+    """Refused, and what the loss was multiplied by (fp16) has been halved: the next step may do."""
+
+
+class LossScale:
+    """What losses are multiplied by in fp16, so that small gradients do not vanish (Micikevicius et al. 2018,
+    arXiv:1710.03740): halved when a gradient overflows, doubled after many steps without.
+
+    DeepSpeed's own for autocast is not used: it clips the scaled gradient, and never lowers the scale at stages 1 to 3.
+
+    Args:
+        enabled: else it is 1 for good.
+    """
+
+    GROW_AFTER = 2000
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value = 2.0**16 if enabled else 1.0
+        self.steps_since = 0
+
+    def observe(self, applied: bool) -> bool:
+        """Take in a step; true if it was refused and the scale could be lowered for it."""
+        self.steps_since = self.steps_since + 1 if applied else 0
+        if not self.enabled or (not applied and self.value == 1):
+            return False
+        if not applied:
+            self.value /= 2
+        elif self.steps_since % self.GROW_AFTER == 0:
+            self.value *= 2
+        return not applied
+
+    def state(self) -> list[float]:
+        return [self.value, self.steps_since]
+
+    def restore(self, state: list[float]) -> None:
+        self.value, self.steps_since = state[0], int(state[1])
 
 
 class Trained:
@@ -184,9 +259,11 @@ class Trained:
         rounds: micro-batches of each rank a step.
 
     Attributes:
-        model: call this; `module` is the bare one.
+        model: call this; `module` is the bare one, whose weights at stage 3 are there only while it is called.
         names: of the trained parameters; a tied one has the first of its names.
         ties: other name of a tied parameter -> its name in `names`.
+        shapes: of every tensor of the model by name.
+        num_trained: elements of all trained parameters.
     """
 
     def __init__(
@@ -194,26 +271,39 @@ class Trained:
         model: nn.Module,
         zero: ZeroConfig,
         optimizer: AdamWConfig | RMSpropConfig,
-        precision: str,
+        precision: Precision,
         rounds: int,
     ) -> None:
         deepspeed = _import_deepspeed()
         self.stage = zero.stage
         self.module = model
-        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         everywhere = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         self.ties = {n: self.names[p] for n, p in everywhere if n != self.names[p]}
+        self.shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
+        self.num_trained = sum(p.numel() for p in self.names)
+        self.scale = LossScale(precision == "fp16")
         self.optimizer: Guarded = build_optimizer(optimizer, model, guards=zero.stage == 0)
+        self._frozen = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        self._copies: dict[str, Tensor] = {}
+        if zero.stage == 3:
+            self._copies = {n: p.detach().clone() for n, p in self._frozen.items()}
         self.model, self._wrapper, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             optimizer=self.optimizer,
             config=deepspeed_config(zero, optimizer, precision, rounds),
         )
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._partition = BY_STAGE[zero.stage](self.optimizer, self._wrapper)
+        self.model.torch_autocast_z0_gradscaler = self._wrapper.torch_autocast_gradscaler = None  # see LossScale
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch; DeepSpeed divides by the rounds and averages over the ranks."""
-        self.model.backward(loss)
+        if self.scale.enabled and self.stage:
+            self._wrapper.override_loss_scale(self.scale.value)  # it multiplies, and divides before it clips
+        self.optimizer.scale = self.scale.value
+        self.model.backward(loss if self.stage else loss * self.scale.value)
 
     def step(self) -> Applied | None:
         """After each `backward`; the last round of a step moves the weights, the others return None."""
@@ -221,28 +311,12 @@ class Trained:
         self.model.step()
         if not boundary:
             return None
-        if self.stage == 0:
-            return Applied(not self.optimizer.refused, self.optimizer.grad_norm)
-        return Applied(bool(self.model.was_step_applied()), float(self._wrapper._global_grad_norm))
+        applied, norm = not self.optimizer.refused, self.optimizer.grad_norm
+        if self.stage:
+            applied, norm = bool(self.model.was_step_applied()), float(self._wrapper._global_grad_norm)
+        return Applied(applied, norm, self.scale.observe(applied))
 
     # What a checkpoint saves and fills
-
-    def _holders(self, everything: bool) -> Iterator[tuple[str, int, int, Tensor, int, int]]:
-        """(name, group, start in the tensor, optimizer's tensor, start in that, length) of what this rank owns."""
-        if self.stage == 0:
-            number = 0
-            for g, group in enumerate(self.optimizer.param_groups):
-                for p in group["params"]:
-                    if everything or number % dist.get_world_size() == dist.get_rank():
-                        yield self.names[p], g, 0, p, 0, p.numel()
-                    number += 1
-            return
-        for g, params in enumerate(self._wrapper.bit16_groups):
-            flat = self._wrapper.single_partition_of_fp32_groups[g]
-            for p in params:
-                if (mapping := p._hp_mapping) is not None:
-                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield self.names[p], g, here.start, flat, there.start, there.numel
 
     def slices(self, everything: bool = False) -> Iterator[Slice]:
         """Pieces that this rank owns; at stage 0, where all hold all, each rank owns every N-th tensor.
@@ -250,33 +324,40 @@ class Trained:
         Args:
             everything: also what other ranks own, as far as this rank holds it (for filling).
         """
-        for name, _, start, holder, offset, length in self._holders(everything):
-            flat = holder.detach().view(-1)
-            yield Slice(name, WEIGHT, start, flat[offset : offset + length])
+        for piece in self._partition.pieces(everything):
+            name, holder = self.names[piece.parameter], piece.holder
+            inside = slice(piece.offset, piece.offset + piece.length)
+            yield Slice(name, WEIGHT, piece.start, holder.detach().view(-1)[inside])
             for slot, values in self.optimizer.state.get(holder, {}).items():
                 if torch.is_tensor(values) and values.numel() == holder.numel() and values.ndim:
-                    yield Slice(name, slot, start, values.view(-1)[offset : offset + length])
+                    yield Slice(name, slot, piece.start, values.view(-1)[inside])
         if everything or dist.get_rank() == 0:
-            trained = {*self.names.values(), *self.ties}
-            for name, values in self.module.state_dict().items():
-                if name not in trained:
-                    yield Slice(name, BUFFER, 0, values.view(-1))
+            for name, values in self.untrained().items():
+                yield Slice(name, BUFFER, 0, values.view(-1))
+
+    def untrained(self) -> dict[str, Tensor]:
+        """Frozen weights and buffers by name; writing into them counts from `filled` on."""
+        trained = {*self.names.values(), *self.ties}
+        state = {name: values for name, values in self.module.state_dict().items() if name not in trained}
+        return state | self._copies
 
     def scalars(self) -> list[dict[str, float]]:
         """For each parameter group, the optimizer's numbers that are not tensors of the weights' shape."""
         groups = []
-        for group in self.optimizer.param_groups:
-            state = self.optimizer.state.get(group["params"][0], {}) if group["params"] else {}
+        for group, holders in zip(self.optimizer.param_groups, self._partition.holders(), strict=True):
+            state = self.optimizer.state.get(holders[0], {}) if holders else {}
             numbers = {k: float(v) for k, v in state.items() if not torch.is_tensor(v) or v.ndim == 0}
             groups.append({**numbers, "steps": float(group["steps"])})
         return groups
 
     def allocate(self, slots: set[str], scalars: list[dict[str, float]]) -> None:
         """Make the optimizer's slots, so that `slices` shows them and they can be filled."""
-        for group, numbers in zip(self.optimizer.param_groups, scalars, strict=True):
+        holders = self._partition.holders()
+        for group, tensors, numbers in zip(self.optimizer.param_groups, holders, scalars, strict=True):
             group["steps"] = int(numbers["steps"])
-            for p in group["params"]:
+            for p in tensors:
                 state = self.optimizer.state[p]
+                state.clear()
                 for slot in slots:
                     state[slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 for name, value in numbers.items():
@@ -285,23 +366,30 @@ class Trained:
 
     def filled(self) -> None:
         """After the slices were filled: bring what is computed with in line with the masters."""
-        if self.stage:
-            self._wrapper.update_lp_params()
+        self._partition.publish()
+        if self._copies:
+            with self._gathered(list(self._frozen.values()), modifier_rank=0), torch.no_grad():
+                for name, p in self._frozen.items():
+                    p.copy_(self._copies[name])
 
     def full(self, slot: str = AVERAGE) -> dict[str, Tensor]:
         """One slot of every trained weight as a whole, by every name, on every rank; weights where the slot does not
         exist."""
-        weights = {name: p.detach() for p, name in self.names.items()}
-        found = [] if slot == WEIGHT else [s for s in self.slices(everything=True) if s.slot == slot]
-        if slot == WEIGHT or not sum(gather(len(found))):
-            return weights | {other: weights[name] for other, name in self.ties.items()}
-        whole = {name: torch.zeros_like(w) for name, w in weights.items()}
+        found = [s for s in self.slices(everything=True) if s.slot == slot]
+        if not sum(gather(len(found))):
+            return self.full(WEIGHT)
+        device = self.model.device
+        whole = {name: torch.zeros(self.shapes[name], device=device) for name in self.names.values()}
         for piece in found:
-            whole[piece.name].view(-1)[piece.start : piece.start + len(piece.values)] = piece.values
+            whole[piece.name].view(-1)[piece.start : piece.start + len(piece.values)] = piece.values.to(device)
         if self.stage:
             for values in whole.values():
                 sum_over_ranks(values)  # every element is zero on all ranks but its owner
         return whole | {other: whole[name] for other, name in self.ties.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """State dict to evaluate with, on every rank: averaged weights (if kept), the other weights, and buffers."""
+        return {**self.untrained(), **self.full()}
 
 
 def _import_deepspeed() -> Any:

@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -18,25 +17,27 @@ from torch import Tensor, nn
 
 from trainer import checkpoint as checkpoints
 from trainer import config as configuration
-from trainer import distributed, keyed, machine
+from trainer import distributed, incidents, keyed, machine, transfer
 from trainer.checkpoint import Checkpoint
-from trainer.data.dataset import MISSING, Batch, Dataset, Fault
+from trainer.checkpoint_writer import Writer
+from trainer.data.dataset import Batch, Dataset, Fault
 from trainer.data.loader import Loader
 from trainer.data.plan import MicroBatch, Step, mine
 from trainer.distributed import CARRIED, Ranks, Slice, Trained
 from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
-from trainer.evaluation import Evaluator, left_out, quarantined, refuse_too_many, to_device
+from trainer.evaluation import Evaluator, left_out, to_device
+from trainer.models.block import recompute_blocks
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
+from trainer.position import Position
+from trainer.profiling import Profile
 from trainer.recipe import Recipe, State, StepOutput
-from trainer.run import BEFORE, PLAN, READING, Ledger, RunDirectory, append, read_lines, read_quarantine
+from trainer.run import Ledger, LogFile, RunDirectory, read_quarantine
 from trainer.signals import StopSignals
+from trainer.spikes import Spikes
 from trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
-
-RETRY_SECONDS = (1.0, 5.0)
-"""Waits before a checkpoint that was not written is tried again."""
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -46,37 +47,6 @@ def initialise(model: nn.Module, seed: int) -> None:
             if callable(reset := getattr(module, "reset_parameters", None)):
                 torch.manual_seed(keyed.key(seed, name, "weights"))
                 reset()
-
-
-@dataclass
-class Position:
-    """Where a run stands: what a checkpoint holds besides tensors."""
-
-    step: int = 0
-    """Steps of the plan that are done; also the name of the checkpoint."""
-    epoch: int = 0
-    step_in_epoch: int = 0
-    applied_steps: int = 0
-    """Optimizer steps that were not refused: the clock of the schedule."""
-    refused_steps: int = 0
-    total_steps: int = 0
-    """Length of the schedule, fixed when the run began."""
-    excluded: list[str] = field(default_factory=list)
-    """Keys left out of this epoch."""
-    bad: list[str] = field(default_factory=list)
-    """Keys found to be bad: left out from the next epoch on."""
-    known: list[str] = field(default_factory=list)
-    """Keys that were bad before this run (`RunConfig.quarantine`): left out like those, but no part of the budget."""
-    missing: int = 0
-    """Samples of this epoch that did not come from where they lie."""
-    audio_seconds: float = 0.0
-    """Sound trained on so far."""
-    train_seconds: float = 0.0
-    """Wall time of all steps so far."""
-
-    def left_out_later(self) -> list[str]:
-        """Keys left out of the next epoch, as far as is known now."""
-        return sorted({*self.bad, *self.known})
 
 
 class Training:
@@ -91,6 +61,7 @@ class Training:
     def __init__(self, recipe: Recipe[Any], ranks: Ranks, signals: StopSignals | None = None) -> None:
         self.recipe, self.ranks, self.config = recipe, ranks, recipe.config
         config = self.config
+        distributed.check_precision(config.precision, ranks.device)
         self.run = RunDirectory(config.runs_dir / config.name)
         distributed.on_first(lambda: self.run.claim(config))
         self._log_to_file()
@@ -102,11 +73,18 @@ class Training:
         model = recipe.build_model()
         initialise(model, config.seed)
         found: Checkpoint | None = distributed.on_first(lambda: checkpoints.newest(self.run.checkpoints))
+        self.not_taken: list[str] = []
         if found is None and config.init_from is not None:
-            self._take_weights(model)
+            labels = {name: value for name, value in self.data["train"].items() if name != "samples"}
+            self.not_taken = transfer.take_weights(model, config.init_from, recipe.heads, labels)
+        transfer.freeze(model, config.freeze)
+        recompute_blocks(model, config.activation_checkpointing)
         model.to(ranks.device)
         self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
+        self.spikes = Spikes(config.spikes)
+        self.writer = Writer(self.run.checkpoints, config.checkpoint)
+        distributed.on_first(self.writer.clean)
         self.carried: dict[int, State] = {}  # by number of the micro-batch, those of this rank
         self.known: list[Fault] = distributed.on_first(lambda: read_quarantine(config.quarantine, "train"))
         if found is not None:
@@ -116,7 +94,7 @@ class Training:
             self.position.known = self.position.excluded = sorted(fault.key for fault in self.known)
             self.position.total_steps = config.max_steps or self._steps_of_an_epoch() * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
-        distributed.on_first(self._record_what_is_left_out)
+        distributed.on_first(lambda: incidents.record_left_out(self.run, self.position, self._splits()))
         self.machine = machine.describe()
         self.signals = signals or StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)
@@ -130,16 +108,9 @@ class Training:
         )
 
     def _log_to_file(self) -> None:
-        handler = logging.FileHandler(self.run.logs / f"rank-{self.ranks.rank:05d}.log", encoding="utf-8")
+        handler = LogFile(self.run.logs / f"rank-{self.ranks.rank:05d}.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
-
-    def _take_weights(self, model: nn.Module) -> None:
-        source = RunDirectory.existing(str(self.config.init_from))
-        best: Checkpoint = distributed.on_first(lambda: checkpoints.best(source.checkpoints))
-        best.check_shapes(checkpoints.shapes_of(model))
-        model.load_state_dict(best.weights())
-        log.info("took the weights of %s", self.config.init_from)
 
     def _splits(self) -> Iterator[tuple[str, Dataset, list[Fault]]]:
         """Each split with its data and what is known to be bad in it."""
@@ -154,18 +125,6 @@ class Training:
                 raise UserError(f"{self.config.name}: the split {split} holds no usable sample: {reasons}")
         return len(self.dataset.plan.epoch(0, self.position.excluded))
 
-    def _record_what_is_left_out(self) -> None:
-        """What the plans and earlier runs leave out from the start, and what looks odd."""
-        odd = []
-        for split, dataset, known in self._splits():
-            facts = {"split": split, "epoch": self.position.epoch, "step": self.position.step}
-            self.run.add_to_quarantine(quarantined(known, BEFORE, **facts))
-            self.run.add_to_quarantine(quarantined(dataset.plan.rejections, PLAN, **facts))
-            odd += [
-                {"split": split, "key": s.key, "reason": s.reason, "detail": s.detail} for s in dataset.plan.suspicions
-            ]
-        self.run.write_suspicious(odd)
-
     def _compare_data(self) -> None:
         """All ranks must see the same data, or their plans would differ."""
         for rank, data in enumerate(distributed.gather(self.data)):
@@ -178,18 +137,24 @@ class Training:
     def _restore(self, found: Checkpoint) -> None:
         state = found.state
         found.check_data(self.data)
-        self.trained.allocate(found.slots(), state["scalars"])
-        found.fill(self.trained.slices(everything=True), checkpoints.shapes_of(self.trained.module))
-        self.trained.filled()
+        self._take_back(found)
         self.position = Position(**state["position"])
-        self.plateau.restore(state["plateau"])
-        self.best = {int(step): value for step, value in state["best"].items()}
+        self.spikes.losses = list(state["losses"])
         for name, values in found.tensors(CARRIED).items():
             number, _, part = name.partition(".")
             if int(number) % self.ranks.world_size == self.ranks.rank:
                 self.carried.setdefault(int(number), {})[part] = values.to(self.ranks.device)
-        self._saved_step = self.position.step
+        self.writer.written_step = self.position.step
         log.info("resumed from %s", found.folder)
+
+    def _take_back(self, found: Checkpoint) -> None:
+        """Weights, optimizer and what follows from validations, as they were."""
+        self.trained.allocate(found.slots(), found.state["scalars"])
+        found.fill(self.trained.slices(everything=True), self.trained.shapes)
+        self.trained.filled()
+        self.trained.scale.restore(found.state["scale"])
+        self.plateau.restore(found.state["plateau"])
+        self.best = {int(step): value for step, value in found.state["best"].items()}
 
     # The loop
 
@@ -205,6 +170,8 @@ class Training:
             SystemExit: the last checkpoint could not be written; exit code 1.
         """
         self._greet()
+        if self.config.profile:
+            self._profile = Profile(self.run.path / "profile" / f"rank-{self.ranks.rank:05d}.json")
         exit_code = 1
         values: dict[str, float] = {}
         try:
@@ -215,7 +182,8 @@ class Training:
                 stop_after = self.config.validation.early_stop_after
                 self.tracker.say(f"stopped early: no better {self.recipe.monitor} for {stop_after} validations")
             self._save_or_fail()
-            self._tell_what_was_bad()
+            if self.ranks.first and (text := incidents.summary(self.run)):
+                self.tracker.say(text)
             exit_code = 0
         except RequeueError:
             exit_code = 75
@@ -224,16 +192,10 @@ class Training:
             self.close(exit_code)
         return values
 
-    def _tell_what_was_bad(self) -> None:
-        if not self.ranks.first:
-            return
-        rows = [row for row in read_lines(self.run.quarantine) if row.get("found") == READING]
-        if rows:
-            text = left_out(Fault(row["key"], row["reason"]) for row in rows)
-            self.tracker.say(f"{len(rows)} bad samples were skipped: {text}; see {self.run.quarantine}")
-
     def close(self, exit_code: int) -> None:
         """Close the files and W&B."""
+        if self._profile is not None:
+            self._profile.stop()
         self.ledger.close()
         self.tracker.finish(exit_code)
 
@@ -248,11 +210,12 @@ class Training:
                 self.tracker.say(f"{split}: left out as {self.config.quarantine} says: {left_out(known)}")
             if odd := dataset.plan.suspicions:
                 self.tracker.say(f"{split}: used, but look at them: {left_out(odd)}; see {self.run.suspicious}")
-        trained = sum(p.numel() for p in self.trained.module.parameters())
+        for line in self.not_taken:
+            self.tracker.say(f"init_from = {self.config.init_from}: {line}")
         self.tracker.say(
-            f"{self.config.name}: {trained:,} parameters, {self.ranks.world_size} process(es) x "
-            f"{torch.get_num_threads()} thread(s), {self.rounds} micro-batch(es) each a step, "
-            f"ZeRO {self.config.zero.stage}, {self.config.precision}"
+            f"{self.config.name}: {self.trained.num_trained:,} parameters to train, "
+            f"{self.ranks.world_size} process(es) x {torch.get_num_threads()} thread(s), "
+            f"{self.rounds} micro-batch(es) each a step, ZeRO {self.config.zero.stage}, {self.config.precision}"
         )
 
     def _stops_early(self) -> bool:
@@ -283,6 +246,7 @@ class Training:
         before, known = where.step, where.left_out_later()
         left = None if config.max_steps is None else config.max_steps - where.step
         steps = islice(self._coming(), left)
+        self.writer.wait()  # the loader forks, which does not go well with threads at work
         loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
         values = None
         for step, batches in loader:
@@ -296,7 +260,8 @@ class Training:
             better = False
             if (where.step % every == 0 if every else last) or ended or (last and where.epoch >= config.max_epochs):
                 values, better = self._validate(epoch)
-            if better or where.step % config.checkpoint.every_steps == 0:
+            due = better or where.step % config.checkpoint.every_steps == 0
+            if self._may_save or (due and not self.writer.paused):
                 self._save()
             if self._stopping:
                 self._save_or_fail()
@@ -312,7 +277,8 @@ class Training:
         return values
 
     _stopping = False
-    _saved_step = -1
+    _may_save = False
+    _profile: Profile | None = None
 
     def step(self, step: Step, batches: list[Batch], waited: float) -> None:
         """One optimizer step on this rank's batches, with everything that is recorded about it.
@@ -330,7 +296,7 @@ class Training:
         own: list[MicroBatch | None] = mine(step, self.ranks.rank, self.ranks.world_size, self.rounds)
         for micro_batch, batch in zip(own, batches, strict=True):
             if micro_batch is not None:
-                self.ledger.write(where.epoch, where.step + 1, micro_batch.number, batch)
+                self.ledger.record(where.epoch, where.step + 1, micro_batch.number, batch)
                 faults += batch["faults"]
             state = self.carried.pop(micro_batch.number, None) if micro_batch is not None else None
             output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device), state)
@@ -347,11 +313,20 @@ class Training:
 
         names = sorted(sums)
         vote = torch.tensor(
-            [float(self.signals.received is not None), float(len(faults)), waited, *(sums[n] for n in names)],
+            [
+                float(self.signals.received is not None),
+                float(self.writer.ready),
+                float(self.writer.may_try()),
+                float(len(faults)),
+                waited,
+                *(sums[n] for n in names),
+            ],
             dtype=torch.float64,
         ).to(self.ranks.device)
-        stop, num_faults, waiting, *totals = distributed.sum_over_ranks(vote).tolist()
-        self._stopping = stop > 0
+        stop, written, may_save, num_faults, waiting, *totals = distributed.sum_over_ranks(vote).tolist()
+        self._stopping, self._may_save = stop > 0, may_save > 0
+        if written == self.ranks.world_size:
+            self.writer.advance()
         where.step += 1
         where.step_in_epoch += 1
         where.applied_steps += applied.applied
@@ -359,12 +334,20 @@ class Training:
         seconds = time.perf_counter() - start + waited
         where.train_seconds += seconds
         if num_faults:
-            self._quarantine(faults)
-        if not applied.applied:
-            self._refused([key for batch in batches for key in batch["keys"] if key])
+            incidents.bad_samples(self.run, config, where, faults, len(self.dataset))
+        if applied.rescaled and all(map(math.isfinite, totals)):
+            where.rescaled_steps += 1
+        elif not applied.applied:
+            keys = [key for batch in batches for key in batch["keys"] if key]
+            incidents.refused_step(self.run, config, where, keys)
         units = {n: loss.unit for n, loss in output.losses.items()}
         means = {n: total / max(step.counts[units[n]], 1.0) for n, total in zip(names, totals, strict=True)}
-        self._track(step, means, output, lr, applied.grad_norm, seconds, waiting / self.ranks.world_size)
+        loss = sum(means[n] * x.weight for n, x in output.losses.items())
+        self._track(step, loss, means, lr, applied.grad_norm, seconds, waiting / self.ranks.world_size)
+        if applied.applied and self.spikes.observe(loss):
+            self._roll_back(loss)
+        if self._profile is not None:
+            self._profile.step()
 
     def _scaled(self, output: StepOutput, step: Step) -> Tensor:
         """What to differentiate, so that after DeepSpeed's division by rounds and ranks each loss is divided by its
@@ -374,20 +357,21 @@ class Training:
             (x.sum * (x.weight * parts / max(step.counts[x.unit], 1.0)) for x in output.losses.values()),
             start=torch.zeros((), device=self.ranks.device),
         )
-        return total if output.penalty is None else total + output.penalty
+        total = total if output.penalty is None else total + output.penalty
+        # A loss that is not finite can have a gradient that is: it must not pass as a step.
+        return total * torch.where(total.detach().isfinite(), 1.0, math.nan)
 
     def _track(
         self,
         step: Step,
+        loss: float,
         means: dict[str, float],
-        output: StepOutput,
         lr: float,
         grad_norm: float,
         seconds: float,
         waited: float,
     ) -> None:
         where = self.position
-        loss = sum(means[n] * x.weight for n, x in output.losses.items())
         hours_a_second = step.counts.get("seconds", 0.0) / 3600 / seconds
         left = (where.total_steps - where.step) * where.train_seconds / where.step
         self.tracker.train(
@@ -411,35 +395,31 @@ class Training:
             f"epoch {where.epoch + 1}  {max(left, 0) / 60:.1f} min left",
         )
 
-    def _quarantine(self, own: list[Fault]) -> None:
-        where = self.position
-        found = [fault for part in distributed.gather(own) for fault in part]
-        rows = quarantined(found, READING, split="train", epoch=where.epoch, step=where.step)
-        where.bad = sorted({*where.bad, *(fault.key for fault in found if fault.reason != MISSING)})
-        where.missing += sum(fault.reason == MISSING for fault in found)
-        if self.ranks.first:
-            for row in self.run.add_to_quarantine(rows):
-                log.warning("bad sample %s: %s %s", row["key"], row["reason"], row["detail"])
-        refuse_too_many(len(where.bad), where.missing, len(self.dataset), self.config, self.run.quarantine, rows)
-
-    def _refused(self, own: list[str]) -> None:
-        where = self.position
-        where.refused_steps += 1
-        keys = [key for part in distributed.gather(own) for key in part]
-        if self.ranks.first:
-            append(self.run.refused, [{"step": where.step, "epoch": where.epoch, "keys": keys}])
-            log.warning("step %d was refused: its gradient is not finite", where.step)
-        if where.refused_steps > self.config.max_refused_steps:
-            raise UserError(
-                f"{self.run.refused}: {where.refused_steps} steps had a gradient that was not finite, more than "
-                f"max_refused_steps = {self.config.max_refused_steps}; lower optimizer.lr or look at these samples"
-            )
+    def _roll_back(self, loss: float) -> None:
+        """After a spike: weights and optimizer of an older checkpoint. The plan goes on from here, so that the samples
+        since then are not seen again."""
+        where, usual = self.position, self.spikes.usual
+        self.writer.wait()
+        found: Checkpoint | None = distributed.on_first(
+            lambda: checkpoints.back(self.run.checkpoints, self.config.spikes.checkpoints_back)
+        )
+        told = f"step {where.step}: loss {loss:.4g} is a spike, {usual:.4g} is usual"
+        if found is None:
+            log.warning("%s; there is no checkpoint to go back to", told)
+            return
+        there = found.state["position"]
+        where.applied_steps = there["applied_steps"]
+        self._take_back(found)
+        self.carried.clear()
+        self.tracker.say(f"{told}: took back the steps from {there['step'] + 1} on, which are not trained on again")
+        incidents.spike(self.run, self.config, where, loss, usual, there["step"])
+        self._may_save = True  # else a run that is killed now would go on from what was taken back
 
     # Validation and checkpoints
 
     def weights(self) -> dict[str, Tensor]:
-        """State dict to evaluate with: averaged weights (if kept), the other weights, and buffers."""
-        return {**self.trained.module.state_dict(), **self.trained.full()}
+        """See `Trained.weights`."""
+        return self.trained.weights()
 
     def _validate(self, epoch: int) -> tuple[dict[str, float], bool]:
         where, start = self.position, time.perf_counter()
@@ -473,8 +453,12 @@ class Training:
         return values, better
 
     def _save_or_fail(self) -> None:
-        """Write this step's checkpoint, if that is not done; without it the run must not end as if all were well."""
-        if self._saved_step != self.position.step and not self._save():
+        """Have this step's checkpoint on the disk; without it the run must not end as if all were well."""
+        self.writer.wait()
+        if self.writer.written_step != self.position.step:
+            self._save()
+            self.writer.wait()
+        if self.writer.written_step != self.position.step:
             if self.ranks.first:
                 log.error(
                     "%s: step %d could not be saved: make room or mend the disk; the same command goes on from the "
@@ -484,16 +468,18 @@ class Training:
                 )
             raise SystemExit(EXIT_OUR_FAULT)
 
-    def _save(self) -> bool:
-        """Write a checkpoint; whether it was written. Between two attempts all ranks wait."""
+    def _save(self) -> None:
+        """Begin to write a checkpoint."""
         carried = {f"{number}.{part}": t for number, s in self.carried.items() for part, t in s.items()}
         shapes = {name: list(t.shape) for name, t in carried.items()}
         state = {
             "position": dict(self.position.__dict__),
             "plateau": self.plateau.state(),
             "best": {str(step): value for step, value in self.best.items()},
+            "losses": self.spikes.losses,
             "scalars": self.trained.scalars(),
-            "shapes": checkpoints.shapes_of(self.trained.module),
+            "scale": self.trained.scale.state(),
+            "shapes": self.trained.shapes,
             "ties": self.trained.ties,
             "carried": {name: shape for part in distributed.gather(shapes) for name, shape in part.items()},
             "data": self.data,
@@ -502,10 +488,7 @@ class Training:
             "machine": self.machine,
             "config": configuration.plain(self.config),
         }
-        for seconds in (0.0, *RETRY_SECONDS):
-            time.sleep(seconds)
-            slices = chain(self.trained.slices(), (Slice(n, CARRIED, 0, t.reshape(-1)) for n, t in carried.items()))
-            if checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, slices, state):
-                self._saved_step = self.position.step
-                return True
-        return False
+        slices = chain(self.trained.slices(), (Slice(n, CARRIED, 0, t.reshape(-1)) for n, t in carried.items()))
+        told = self.ledger.flush() and self.tracker.flush()
+        obstacle = None if told else "ledger or metrics of its steps could not be written"
+        self.writer.start(self.position.step, slices, state, obstacle)

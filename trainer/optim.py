@@ -68,6 +68,7 @@ class Guarded(torch.optim.Optimizer):
     Attributes:
         guards: whether to check and clip.
         clip_norm, average_decay: see the config.
+        scale: what the gradients have been multiplied by (only where `guards`).
         refused: whether the last step was refused.
         grad_norm: of the last step, before clipping (only where `guards`).
     """
@@ -75,6 +76,7 @@ class Guarded(torch.optim.Optimizer):
     guards = True
     clip_norm = 0.0
     average_decay = 0.0
+    scale = 1.0
     refused = False
     grad_norm = 0.0
 
@@ -82,6 +84,8 @@ class Guarded(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.guards:
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if self.scale != 1:
+                torch._foreach_div_(grads, self.scale)
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
             self.grad_norm = float(norm)
             self.refused = not math.isfinite(self.grad_norm)
@@ -91,7 +95,7 @@ class Guarded(torch.optim.Optimizer):
                 torch._foreach_mul_(grads, scale)
         super().step(closure)
         if self.average_decay:
-            for group in self.param_groups:
+            for group in filter(lambda group: group["params"], self.param_groups):  # ZeRO 3 shows one at a time
                 group["steps"] += 1
                 decay = min(self.average_decay, (1 + group["steps"]) / (10 + group["steps"]))
                 for p in group["params"]:

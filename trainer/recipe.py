@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from trainer import config as configuration
@@ -19,10 +19,11 @@ from trainer.checkpoint import CheckpointConfig
 from trainer.config import PROJECT, Config, Free
 from trainer.data.dataset import Batch, Dataset
 from trainer.data.plan import BucketedConfig, PlanConfig
-from trainer.distributed import ZeroConfig
+from trainer.distributed import Precision, ZeroConfig
 from trainer.errors import UserError
 from trainer.metrics import Loss, Mean
 from trainer.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleConfig
+from trainer.spikes import SpikeConfig
 from trainer.tracking import TrackingConfig
 
 Split = Literal["train", "valid", "test"]
@@ -99,16 +100,34 @@ class RunConfig(Config):
     max_refused_steps: Free[int] = Field(20, ge=0)
     """Stop after so many steps with a non-finite gradient."""
     init_from: Free[Path | None] = None
-    """Take the weights (nothing else) of another run's best checkpoint."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products in bfloat16; weights, losses and reductions stay in float32."""
+    """Take the weights (nothing else) of another run's best checkpoint. Only parts that depend on the labels may have
+    another shape there; what was not taken is told."""
+    freeze: tuple[str, ...] = ()
+    """Names of modules or weights that are not trained, as [subsampling, rnn.layers.0]."""
+    precision: Precision = "fp32"
+    """bf16, fp16 (GPUs only): matrix products in that type; weights, losses and reductions stay in float32."""
+    activation_checkpointing: Free[bool] = False
+    """Compute a recurrent layer again in the backward pass instead of keeping its activations: less memory, more time,
+    the same numbers."""
+    profile: Free[bool] = False
+    """Write a trace of a few steps to RUN/profile/."""
     plan: PlanConfig = BucketedConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     zero: Free[ZeroConfig] = ZeroConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: Free[CheckpointConfig] = CheckpointConfig()
+    spikes: Free[SpikeConfig] = SpikeConfig()
     tracking: Free[TrackingConfig] = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _enough_checkpoints(self) -> "RunConfig":
+        back, kept = self.spikes.checkpoints_back, self.checkpoint.keep_last
+        if self.spikes.factor is not None and back > kept:
+            raise ValueError(
+                f"spikes.checkpoints_back = {back} with checkpoint.keep_last = {kept}: raise the second to {back}"
+            )
+        return self
 
 
 C = TypeVar("C", bound=RunConfig)
@@ -122,9 +141,11 @@ class Recipe(Generic[C]):
 
     Attributes:
         monitor: the metric or loss of the validation by which the best checkpoint is chosen; lower is better.
+        heads: names of the model's modules that depend on the labels: a run with `init_from` may draw them anew.
     """
 
     monitor: str
+    heads: tuple[str, ...] = ("output",)
 
     def __init__(self, config: C) -> None:
         self.config = config

@@ -9,9 +9,11 @@ runs/NAME/
                      "epoch", "step"}, found "by the plan", "by reading" or "before this run"
   suspicious.jsonl   samples that are used and look odd: {"split", "key", "reason", "detail"}
   refused.jsonl      steps whose gradient was not finite, and their samples
-  logs/ wandb/ report.html
+  spikes.jsonl       steps after which the run went back to an older checkpoint
+  logs/ wandb/ profile/ export/ report.html
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -43,6 +45,7 @@ class RunDirectory:
         self.quarantine = path / "quarantine.jsonl"
         self.suspicious = path / "suspicious.jsonl"
         self.refused = path / "refused.jsonl"
+        self.spikes = path / "spikes.jsonl"
         self.ledger = path / "ledger"
         self.logs = path / "logs"
         self.report = path / "report.html"
@@ -117,7 +120,7 @@ class RunDirectory:
     def cut_back(self, step: int) -> None:
         """Forget what was written after a step, in every file; rank 0 only."""
         self._quarantined = None
-        for path in [self.metrics, self.quarantine, self.refused, *sorted(self.ledger.glob("*.jsonl"))]:
+        for path in [self.metrics, self.quarantine, self.refused, self.spikes, *sorted(self.ledger.glob("*.jsonl"))]:
             _keep_lines(path, lambda row: row["step"] <= step)
 
 
@@ -184,13 +187,67 @@ def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a JSONL file."""
+    """Add rows to a JSONL file; where that fails (a full disk) they go to the log, and the run goes on."""
     if rows:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            log.error("%s: could not be written (%s), so it lacks:\n%s", show(path), error.strerror, "".join(lines))
 
 
-class Ledger:
+class LogFile(logging.FileHandler):
+    """A log that says nothing where it cannot be written (a full disk): the console has the line too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+class Lines:
+    """A JSONL file that rows are added to. Where they cannot be written (a full disk), they wait in memory.
+
+    Args:
+        path: need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[str] = []
+        self._failed = False
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        self._waiting.append(json.dumps(row, ensure_ascii=False) + "\n")
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits; whether nothing is left."""
+        if not self._waiting:
+            return True
+        content = "".join(self._waiting).encode()
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)  # no half of a row
+            if not self._failed:
+                log.warning("%s: cannot be written (%s); what is new waits in memory", show(self.path), error.strerror)
+            self._failed = True
+            return False
+        self._waiting.clear()
+        self._failed = False
+        return True
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+class Ledger(Lines):
     """Which samples this rank trained on, written from the batches themselves.
 
     A row: {"epoch", "step", "micro_batch", "keys", "checksums", "bad"}, the step counted from the start of the run; a
@@ -202,24 +259,21 @@ class Ledger:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._file = (folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
+        super().__init__(folder / f"rank-{rank:05d}.jsonl")
 
-    def write(self, epoch: int, step: int, micro_batch: int, batch: Batch) -> None:
-        """Record one batch that was handed to the recipe."""
+    def record(self, epoch: int, step: int, micro_batch: int, batch: Batch) -> None:
+        """Add the row of one batch that was handed to the recipe."""
         bad = [k for k, ok in zip(batch["keys"], batch["valid"].tolist(), strict=True) if not ok]
-        row = {
-            "epoch": epoch,
-            "step": step,
-            "micro_batch": micro_batch,
-            "keys": batch["keys"],
-            "checksums": batch["checksums"],
-            "bad": bad,
-        }
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        self.write(
+            {
+                "epoch": epoch,
+                "step": step,
+                "micro_batch": micro_batch,
+                "keys": batch["keys"],
+                "checksums": batch["checksums"],
+                "bad": bad,
+            }
+        )
 
 
 def read_ledger(folder: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trainer.config import Config
 from trainer.data.dataset import Media
+from trainer.run import Lines
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,12 @@ MODES: dict[str, Mode] = {
     "disabled": "disabled",
 }
 """Values of WANDB_MODE, with W&B's older names."""
+ANSWER_SECONDS = 5.0
+"""A server of W&B that gives no answer in this time is away."""
+INIT_SECONDS = 20.0
+"""Time W&B gets to begin a run with a server that answers."""
+FINISH_SECONDS = 60.0
+"""Time W&B gets at the end of a run to send what is left."""
 
 
 class TrackingConfig(Config):
@@ -82,7 +89,7 @@ class Tracker:
         self._last_step = 0
         if not active:
             return
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = Lines(folder / "metrics.jsonl")
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
@@ -95,7 +102,7 @@ class Tracker:
         )
         self._task = self._progress.add_task(name, total=total_steps, numbers="")
         self._progress.start()
-        self._complete = folder / "wandb" / "complete-to-step"
+        self._complete = folder / "wandb" / "complete-offline"
         mode = self._mode()
         if mode != "disabled":
             self._run = self._start_wandb(mode, name, settings)
@@ -149,6 +156,8 @@ class Tracker:
             attempts: dict[Mode, None] = dict.fromkeys((mode, "offline"))
             for attempt in attempts:
                 try:
+                    if attempt == "online" and not answers(url := wandb.setup().settings.base_url):
+                        raise ConnectionError(f"{url} gives no answer")
                     run = wandb.init(
                         project=self.config.project,
                         entity=self.config.entity,
@@ -160,13 +169,17 @@ class Tracker:
                         dir=self.folder,
                         mode=attempt,
                         config=settings,
-                        settings=wandb.Settings(init_timeout=20, finish_timeout=60, finish_timeout_raises=False),
+                        settings=wandb.Settings(
+                            init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
+                        ),
                     )
                 except Exception as error:
                     log.warning("W&B %s failed (%s)", attempt, str(error).strip().splitlines()[:1])
+                    wandb.teardown()  # else the run counts as in use, and the next attempt fails for that
                     continue
                 if attempt == "offline":
                     log.info("W&B is offline: look at it with `wandb leet %s`, send it with `wandb sync`", run.dir)
+                self._complete = self.folder / "wandb" / f"complete-{attempt}"
                 run.define_metric("trainer/step")
                 run.define_metric("*", step_metric="trainer/step")
                 return run
@@ -176,11 +189,12 @@ class Tracker:
         return None
 
     def _send_what_was_lost(self) -> None:
-        """After a kill, send again what W&B may still have had in memory; after a graceful end there is nothing."""
-        try:
-            complete = int(self._complete.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            complete = 0
+        """Send again what W&B does not have for sure: after a kill, after an end without the server, and online what
+        was offline before. After a graceful end there is nothing."""
+        complete = 0
+        for path in {self._complete, self.folder / "wandb" / "complete-online"}:  # who has seen it online has seen it
+            with contextlib.suppress(OSError, ValueError):
+                complete = max(complete, int(path.read_text(encoding="utf-8")))
         for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if row["step"] > complete:
@@ -209,8 +223,7 @@ class Tracker:
     def _row(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a number that is not finite becomes null.
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        self._metrics.write(row)
         self._last_step = row["step"]
         self._send(row)
 
@@ -218,6 +231,10 @@ class Tracker:
         prefix = "train" if row["kind"] == "train" else "valid"
         numbers = {f"{prefix}/{k}": v for k, v in row.items() if k not in ("kind", "step", "epoch")}
         self._wandb({**numbers, "trainer/step": row["step"], "trainer/epoch": row["epoch"]})
+
+    def flush(self) -> bool:
+        """Write numbers that could not be written before; whether none is left."""
+        return not self.active or self._metrics.flush()
 
     def table(self, step: int, epoch: int, name: str, rows: Sequence[tuple[dict[str, str | float], Media]]) -> None:
         """A table with sound in W&B."""
@@ -268,13 +285,30 @@ class Tracker:
             try:
                 import wandb
 
-                self._run.finish(exit_code=exit_code)
-                wandb.teardown()  # its service keeps the folders it was started with
+                try:
+                    self._run.finish(exit_code=exit_code)
+                finally:
+                    wandb.teardown()  # its service keeps the folders it was started with
                 if self._last_step:
                     self._complete.write_text(str(self._last_step), encoding="utf-8")
             except Exception as error:
-                log.warning("W&B did not finish: %s", error)
+                log.warning(
+                    "W&B did not finish (%s): its numbers are in %s; `wandb sync` or a new start of the run sends them",
+                    error,
+                    self.folder / "wandb",
+                )
         self._restore_environment()
+
+
+def answers(url: str) -> bool:
+    """Whether a server gives any answer, soon: W&B itself would wait for minutes at the start of a run."""
+    import requests
+
+    try:
+        requests.head(url, timeout=ANSWER_SECONDS, allow_redirects=False)
+    except requests.RequestException:
+        return False
+    return True
 
 
 def has_key() -> bool:

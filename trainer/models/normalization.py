@@ -44,7 +44,7 @@ class MaskedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_variance
-        if self.training and bool(mask.any()):
+        if self.training and self.weight.requires_grad and bool(mask.any()):  # a frozen one keeps its statistics
             frames = x[mask].float()
             mean = frames.mean(0)
             variance = frames.var(0, unbiased=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kernels
 from trainer.config import Config
+from trainer.models.block import Block
 from trainer.models.normalization import KeyedDropout, NormKind, build_norm, frame_mask
 from trainer.models.structure import Dense, DenseConfig, StructureConfig
 
@@ -200,6 +201,17 @@ def reverse_rows(x: Tensor, lengths: Tensor) -> Tensor:
     return x.gather(0, index[..., None].expand_as(x))
 
 
+class Layer(Block, nn.ModuleList):
+    """The directions of one layer.
+
+    Shape:
+        x: (T, B, D), lengths: (B,) -> (T, B, R H), and the last state of each direction
+    """
+
+    def compute(self, x: Tensor, lengths: Tensor) -> Output:
+        return run(list(self), x, lengths, [None] * len(self))  # type: ignore[arg-type]
+
+
 class RNN(nn.Module):
     """The stack; each layer is norm -> recurrence -> dropout (+ input).
 
@@ -221,7 +233,7 @@ class RNN(nn.Module):
         for i in range(config.num_layers):
             self.norms.append(build_norm(config.norm, size))
             ways = [False] if config.directions == "forward" else [False, True]
-            self.layers.append(nn.ModuleList(RecurrentLayer(config, size, reverse) for reverse in ways))
+            self.layers.append(Layer(RecurrentLayer(config, size, reverse) for reverse in ways))
             self.dropouts.append(KeyedDropout(config.dropout, f"rnn.{i}"))
             size = config.output_size
         self.final_norm = build_norm(config.norm, size)
@@ -231,9 +243,9 @@ class RNN(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         mask = frame_mask(lengths, x.shape[1])
         hidden: list[Tensor] = []
-        for norm, ways, dropout in zip(self.norms, self.layers, self.dropouts, strict=True):
+        for norm, layer, dropout in zip(self.norms, self.layers, self.dropouts, strict=True):
             inputs = norm(x, mask).transpose(0, 1).contiguous()  # (T, B, D)
-            y, _ = run(list(ways), inputs, lengths, [None] * len(ways))  # type: ignore[call-overload,arg-type]
+            y, _ = layer(inputs, lengths)
             if self.config.directions == "sum":
                 y = y.unflatten(-1, (2, -1)).sum(-2)
             y = y.transpose(0, 1)  # (B, T, H)

@@ -32,6 +32,21 @@ def take(overrides: list[str], name: str) -> tuple[str | None, list[str]]:
     return (found[-1] if found else None), [o for o in overrides if not o.startswith(f"{name}=")]
 
 
+def find_run(name: str) -> "RunDirectory":
+    """RUN.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    from trainer.errors import UserError
+    from trainer.run import RunDirectory
+
+    try:
+        return RunDirectory.existing(name)
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        raise UserError(f"{name[:100]}: is no run directory: {error}") from error
+
+
 def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunDirectory, Recipe[Any], Split]":
     """RUN [split=SPLIT] [key=value ...]: the run, its recipe with the saved configuration, and the split (test).
 
@@ -44,17 +59,13 @@ def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunD
     from trainer.config import differences, plain, show
     from trainer.errors import UserError
     from trainer.recipe import Split, from_plain
-    from trainer.run import RunDirectory
 
     given, overrides = take(arguments.overrides, "split")
     split = next((s for s in get_args(Split) if s == (given or "test")), None)
     if split is None:
         raise UserError(f"the command line: split = {given!r}: wanted train, valid or test")
-    try:
-        run = RunDirectory.existing(arguments.run)
-        saved = run.saved_config()
-    except (OSError, ValueError) as error:  # a name that no folder can have
-        raise UserError(f"{arguments.run[:100]}: is no run directory: {error}") from error
+    run = find_run(arguments.run)
+    saved = run.saved_config()
     trained, recipe = from_plain(saved, show(run.config)), from_plain(saved, show(run.config), overrides)
     changed = [d for d in differences(plain(trained.config), recipe.config) if d[0].startswith("model.")]
     if changed:

@@ -1,0 +1,172 @@
+"""W&B online, against a stand-in for its server: one run over resumes, and an outage costs neither time nor numbers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import fit, overrides, run_ranks
+from tests.wandb_server import KEY, Run, Server
+from trainer import tracking
+from trainer.tracking import Tracker, TrackingConfig
+
+SOON = 10.0
+"""Seconds; a hundred times what a call takes here, and a tenth of what W&B waits by itself."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    started = Server().start()
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", started.url)
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 3.0)
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 1.0)
+    yield started
+    started.stop()
+
+
+def track(folder: Path, steps: range, between: Any = None) -> float:
+    """A run that logs some steps; the longest that a call took."""
+    folder.mkdir(exist_ok=True)
+    start = time.monotonic()
+    tracker = Tracker(TrackingConfig(), folder, "run", {"seed": 3}, 99, active=True)
+    longest = time.monotonic() - start
+    for step in steps:
+        start = time.monotonic()
+        tracker.train({"step": step, "epoch": 0, "loss": 1.0 / step}, "")
+        longest = max(longest, time.monotonic() - start)
+        if between is not None and step == steps[len(steps) // 2]:
+            between()
+    start = time.monotonic()
+    tracker.finish()
+    return max(longest, time.monotonic() - start)
+
+
+def steps(run: Run) -> list[int]:
+    """Steps that the server has; one that was sent twice counts once, and must be equal."""
+    seen: dict[int, float] = {}
+    for row in run.rows():
+        assert seen.setdefault(row["trainer/step"], row["train/loss"]) == row["train/loss"]
+    return sorted(seen)
+
+
+def test_a_run_and_its_resume_are_one_run(server: Server, tmp_path: Path) -> None:
+    track(tmp_path / "run", range(1, 4))
+    (run,) = server.runs.values()
+    assert (steps(run), run.exit_code, run.name) == ([1, 2, 3], 0, "run")
+    assert '"seed"' in run.config
+    track(tmp_path / "run", range(4, 6))
+    assert list(server.runs) == [(tmp_path / "run" / "wandb" / "run-id").read_text()]
+    assert [row["trainer/step"] for row in run.rows()] == [1, 2, 3, 4, 5]  # nothing twice
+    assert [row["_step"] for row in run.rows()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("away", ["refused", "black hole", "out of order"])
+def test_a_server_that_is_away_at_the_start(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    """The run goes offline at once; the next start, with the server back, sends everything."""
+    if away == "out of order":
+        server.silent = True
+        monkeypatch.setattr(tracking, "INIT_SECONDS", 1.0)
+    else:
+        server.stop()
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen()  # and never accepts
+        if away == "black hole":
+            monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
+        assert track(tmp_path / "run", range(1, 4)) < (3 * SOON if server.up else SOON)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    server.silent = False
+    monkeypatch.setenv("WANDB_BASE_URL", server.url if server.up else server.start().url)
+    track(tmp_path / "run", range(4, 6))
+    (run,) = server.runs.values()
+    assert steps(run) == [1, 2, 3, 4, 5]
+
+
+def test_a_server_that_is_away_in_the_middle(server: Server, tmp_path: Path) -> None:
+    """No call waits for it, and all that was logged meanwhile arrives."""
+    server_steps = range(1, 301)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tracker = Tracker(TrackingConfig(), folder, "run", {}, 300, active=True)
+    longest = 0.0
+    for step in server_steps:
+        if step == 100:
+            server.stop()
+        if step == 250:
+            server.start()
+        start = time.monotonic()
+        tracker.train({"step": step, "epoch": 0, "loss": 1.0 / step}, "")
+        longest = max(longest, time.monotonic() - start)
+    tracker.finish()
+    assert longest < 1.0
+    (run,) = server.runs.values()
+    if steps(run) != list(server_steps):  # the client may still be waiting before it tries again
+        assert not (folder / "wandb" / "complete-online").exists()
+        track(folder, range(301, 302))
+    assert set(server_steps) <= set(steps(run))
+
+
+def test_a_server_that_is_away_at_the_end(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run ends in the time that W&B is given, says where the numbers are, and the next start sends them."""
+    assert track(tmp_path / "run", range(1, 5), between=server.stop) < 3.0 + SOON
+    assert "W&B did not finish" in caplog.text
+    assert "wandb sync" in caplog.text
+    server.start()
+    track(tmp_path / "run", range(5, 7))
+    (run,) = server.runs.values()
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from trainer.tracking import Tracker, TrackingConfig
+tracker = Tracker(TrackingConfig(), Path(sys.argv[1]), "run", {}, 9, active=True)
+for step in range(1, 5):
+    tracker.train({"step": step, "epoch": 0, "loss": 1.0 / step}, "")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_goes_on_as_the_same(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    track(folder, range(5, 7))
+    (run,) = server.runs.values()
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.distributed
+def test_only_rank_0_tracks(server: Server, corpus: Path, tmp_path: Path) -> None:
+    """A whole run on two processes: one run at the server, with as many points as there are rows of metrics."""
+    arguments = overrides(corpus, tmp_path, "name=run", "max_steps=4", "tracking.wandb=online")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "NETRC"))}
+    result = run_ranks(2, fit_online, arguments, environment)[0]
+    (run,) = server.runs.values()
+    rows = run.rows()
+    assert [row["trainer/step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    assert len(rows) == len((result["run"] / "metrics.jsonl").read_text().splitlines()) == 5
+    assert server.operations.count("RunResumeStatus") == 1
+    assert KEY not in "".join(
+        path.read_text(errors="replace") for path in result["run"].rglob("*") if path.is_file() and path.suffix != ".pt"
+    )
+
+
+def fit_online(ranks: Any, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    os.environ.update(environment)
+    return fit(ranks, arguments)
