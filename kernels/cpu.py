@@ -258,9 +258,10 @@ def backward(
     zoneout: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """du, dweight, dh0 (B, H), dc0 (B, H) or empty, dbias or empty."""
-    du, dweight, dh0 = torch.empty_like(u), torch.zeros_like(weight), torch.empty_like(dh)
-    dc0 = torch.empty_like(dh) if cell == "lstm" else u.new_empty(0)
-    dbias = u.new_empty(0) if bias is None else torch.zeros_like(bias)
+    # `new_`, not `_like`, which takes over strides: what is written must lie in order.
+    du, dweight, dh0 = u.new_empty(u.shape), weight.new_zeros(weight.shape), dh.new_empty(dh.shape)
+    dc0 = dh.new_empty(dh.shape if cell == "lstm" else 0)
+    dbias = u.new_empty(0) if bias is None else bias.new_zeros(bias.shape)
     _run(True, u, weight, cell, reverse, zoneout, packed=packed, h0=h0, c0=c0, bias=bias, lengths=lengths, mask=mask,
          keys=keys, y=y, saved=saved, dy=dy, dh=dh, dc=dc, du=du, dweight=dweight, dh0=dh0, dc0=dc0,
          dbias=dbias)  # fmt: skip

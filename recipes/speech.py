@@ -22,6 +22,7 @@ from trainer.data.text import BLANK, PhonesConfig, Tokens
 from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
 from trainer.models.normalization import KeyedDropout
+from trainer.models.parametrizations import penalty
 from trainer.models.rnn import RNNConfig
 from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
 
@@ -113,13 +114,9 @@ class Speech(Recipe[SpeechRunConfig]):
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         assert isinstance(model, SpeechModel)
-        rnn, layers = self.config.model.rnn, list(model.rnn.recurrent_layers())
         step_ms = self.config.data.features.hop_ms * self.config.model.subsampling.stride
-        weights = sum(layer.weight_hh.weight.numel() for layer in layers)
-        adds = sum(layer.weight_hh.multiply_adds() for layer in layers)
         return {
-            "recurrence": f"{len(layers)} x {rnn.structure.kind} {rnn.cell.kind} of {rnn.hidden_size} units",
-            "recurrent weights": f"{weights:,}; {adds:,} multiply-adds a step",
+            **model.rnn.describe(),
             "output": f"{len(self.tokens)} classes ({self.config.data.text.tokens.kind}), a frame each {step_ms:g} ms",
         }
 
@@ -135,7 +132,8 @@ class Speech(Recipe[SpeechRunConfig]):
         log_probs, lengths, middle = model(batch["audio"], batch["lengths"], batch["noise_keys"], batch["valid"])
         tokens = float((batch["label_lengths"] * batch["valid"]).sum())
         share = self.config.model.intermediate_ctc if middle is not None else 0.0
-        output = StepOutput({"ctc": Loss(ctc(log_probs, lengths, batch), tokens, "tokens", 1 - share)})
+        loss = Loss(ctc(log_probs, lengths, batch), tokens, "tokens", 1 - share)
+        output = StepOutput({"ctc": loss}, penalty=penalty(model))
         if middle is not None:
             output.losses["middle_ctc"] = Loss(ctc(middle, lengths, batch), tokens, "tokens", share)
         if not model.training:

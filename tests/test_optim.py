@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from trainer.optim import AdamWConfig, ConstantConfig, CosineConfig, Plateau, PlateauConfig, build_optimizer
+from trainer.models.cells import ElmanConfig
+from trainer.models.parametrizations import CayleyConfig
+from trainer.models.rnn import RNNConfig
+from trainer.optim import (
+    AdamWConfig,
+    ConstantConfig,
+    CosineConfig,
+    Plateau,
+    PlateauConfig,
+    RMSpropConfig,
+    build_optimizer,
+    set_lr,
+)
 
 
 def test_cosine_rises_falls_and_stays_down() -> None:
@@ -75,3 +87,16 @@ def test_vectors_do_not_decay() -> None:
         (["0.weight"], 0.3),
         (["0.bias", "1.weight", "1.bias"], 0.0),
     ]
+
+
+def test_numbers_behind_a_parametrised_matrix_have_a_rate_of_their_own_and_do_not_decay() -> None:
+    stack = RNNConfig(hidden_size=6, num_layers=1, cell=ElmanConfig(), parametrization=CayleyConfig()).build(3)
+    optimizer = build_optimizer(RMSpropConfig(parametrized_lr=0.1, weight_decay=0.5), stack, guards=True)
+    set_lr(optimizer, 2e-3)
+    rates = {name: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for name in g["names"]}
+    assert rates.keys() == dict(stack.named_parameters()).keys()
+    own = {name for name in rates if "parametrizations" in name}
+    assert own == {"layers.0.0.weight_hh.parametrizations.weight.original"}
+    assert {rates[name] for name in own} == {(2e-4, 0.0)}
+    assert rates["layers.0.0.weight_ih"] == (2e-3, 0.5)
+    assert rates["layers.0.0.bias_hh"] == (2e-3, 0.0)

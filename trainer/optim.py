@@ -15,6 +15,8 @@ from trainer.config import Config
 
 AVERAGE = "average"
 """Slot of the exponential moving average of a weight."""
+PARAMETRIZED = ".parametrizations."
+"""Part of the names that torch gives to the numbers behind a parametrised weight."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -22,7 +24,9 @@ class _OptimizerConfig(Config):
     lr: float = Field(1e-3, gt=0)
     """Learning rate at the top of the schedule."""
     weight_decay: float = Field(0.0, ge=0)
-    """Applied to matrices only: biases and gains of normalisation are left alone."""
+    """Applied to matrices only: biases, gains of normalisation and what parametrises a matrix are left alone."""
+    parametrized_lr: float = Field(1.0, gt=0)
+    """Learning rate of the numbers behind parametrised matrices, as a share of `lr`; 0.1 is usual for orthogonal."""
     clip_norm: float = Field(1.0, ge=0)
     """Largest norm of the whole gradient; 0 does not clip."""
     average_decay: float = Field(0.0, ge=0, lt=1)
@@ -113,12 +117,15 @@ class RMSprop(Guarded, torch.optim.RMSprop):
     """RMSprop with the guard and the average."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and vectors, which do not. Frozen parameters are in neither."""
+def parameter_groups(model: nn.Module, weight_decay: float, parametrized_lr: float) -> list[dict[str, Any]]:
+    """Matrices, which decay; vectors, which do not; and what parametrises matrices, with a learning rate of its own. Frozen
+    parameters are in none."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [(name, p) for name, p in named if PARAMETRIZED not in name]
     groups: list[dict[str, Any]] = [
-        {"names": [n for n, p in named if p.ndim > 1], "weight_decay": weight_decay},
-        {"names": [n for n, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        {"names": [n for n, p in plain if p.ndim > 1], "weight_decay": weight_decay, "lr_share": 1.0},
+        {"names": [n for n, p in plain if p.ndim <= 1], "weight_decay": 0.0, "lr_share": 1.0},
+        {"names": [n for n, p in named if PARAMETRIZED in n], "weight_decay": 0.0, "lr_share": parametrized_lr},
     ]
     by_name = dict(named)
     return [{**g, "params": [by_name[n] for n in g["names"]], "steps": 0} for g in groups if g["names"]]
@@ -126,7 +133,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def build_optimizer(config: AdamWConfig | RMSpropConfig, model: nn.Module, guards: bool) -> Guarded:
     """The optimizer of a model; `guards`: whether it sees whole gradients (ZeRO 0)."""
-    optimizer = config.make(parameter_groups(model, config.weight_decay))
+    optimizer = config.make(parameter_groups(model, config.weight_decay, config.parametrized_lr))
     optimizer.guards = guards
     optimizer.clip_norm = config.clip_norm
     optimizer.average_decay = config.average_decay
@@ -134,9 +141,9 @@ def build_optimizer(config: AdamWConfig | RMSpropConfig, model: nn.Module, guard
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group to its share of `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_share"]
 
 
 class _ScheduleConfig(Config):

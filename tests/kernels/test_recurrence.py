@@ -188,6 +188,21 @@ def on_threads(number: int, function: Any) -> Any:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("structure", ["block", "diagonal"])
+@pytest.mark.parametrize("cell", GATES)
+def test_the_order_of_memory_changes_nothing(cell: str, structure: str) -> None:
+    """Such as that of an inverse, which a parametrised matrix may be: transposed."""
+    tensors, options = small(cell, structure)
+    results = []
+    for turn in (lambda x: x, lambda x: x.mT.contiguous().mT if x.ndim > 1 else x):
+        own = [None if x is None else turn(x.detach()).requires_grad_() for x in tensors]
+        found = call(own, options)
+        loss = torch.stack([x.square().sum() for x in found]).sum()
+        results.append((*found, *torch.autograd.grad(loss, [x for x in own if x is not None])))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("blocks", "size", "exact"),
     [(16, 16, True), (3, 32, True), (600, None, True), (1, 96, False)],

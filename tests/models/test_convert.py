@@ -9,9 +9,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.models.test_models import CELLS, LENGTHS, STRUCTURES, inputs, kind
 from trainer.errors import UserError
+from trainer.models.cells import TORCH, ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.convert import MODULES, load_torch, to_torch
-from trainer.models.rnn import RNN, ElmanConfig, GRUConfig, LSTMConfig, RNNConfig
-from trainer.models.structure import BlockDiagonalConfig, DiagonalConfig
+from trainer.models.parametrizations import CayleyConfig
+from trainer.models.rnn import RNN, RNNConfig
+from trainer.models.structure import BlockDiagonalConfig, DiagonalConfig, LowRankConfig
 
 
 def build(**options) -> RNN:
@@ -28,10 +30,9 @@ def outputs(module: nn.RNNBase, x: torch.Tensor) -> torch.Tensor:
 def test_torch_computes_the_same_and_weights_come_back(structure, cell, directions: str) -> None:
     rnn = build(cell=cell, structure=structure, directions=directions)
     module, lacks = to_torch(rnn)
-    assert [text.split(" ")[0] for text in lacks] == ["cell.activation"] * (kind(cell) == "rnnidentity") + [
-        "directions"
-    ] * (directions == "sum")
-    if kind(cell) != "rnnidentity":
+    lacking = {"rnn_identity": ["cell.activation"], "gru_original": ["cell.reset"]}.get(cell.name, [])
+    assert [text.split(" ")[0] for text in lacks] == lacking + ["directions"] * (directions == "sum")
+    if cell.name in TORCH:
         x = inputs(5)
         wanted, got = rnn(x, LENGTHS)[0], outputs(module, x)
         if directions == "sum":
@@ -90,6 +91,9 @@ def changed(name: str, row: int, column: int, number: float) -> dict[str, torch.
             changed("weight_hh_l0", 31, 6, 0.5),
             r"weight_hh_l0 has numbers up to 0\.5 off the structure.* instead of diagonal",
         ),
+        ({"structure": LowRankConfig()}, LSTM, "low_rank: a matrix of torch has no factors"),
+        ({"parametrization": CayleyConfig()}, LSTM, "parametrization.kind = cayley: .* take free"),
+        ({"cell": ElmanConfig(activation="modrelu")}, LSTM, "modrelu: torch has no such cell"),
         ({"directions": "sum"}, LSTM, "weight_ih_l1 differs by up to .* take directions = concat"),
         ({"directions": "forward"}, LSTM, r"weight_ih_l1 is of shape \(32, 16\), wanted of shape \(32, 8\)"),
         ({"num_layers": 1}, LSTM, r"weight_ih_l1 is of shape .* wanted no such weight"),

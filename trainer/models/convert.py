@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.models.rnn import RNN, ElmanConfig, RecurrentLayer, RNNConfig
+from trainer.models.cells import TORCH, ElmanConfig, GRUConfig
+from trainer.models.rnn import RNN, RecurrentLayer, RNNConfig
 
 MODULES: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
@@ -52,9 +53,10 @@ def load_torch(rnn: RNN, state: Mapping[str, Tensor]) -> None:
         state: the module's `state_dict()`. One without biases stands for biases of zero.
 
     Raises:
-        UserError: a weight is missing, left over or of another shape, or is not zero where `rnn` has no weight. Then
-            `rnn` is as it was.
+        UserError: a weight is missing, left over or of another shape, or is not zero where `rnn` has no weight, or
+            `rnn` has parametrised weights or a cell that torch lacks. Then `rnn` is as it was.
     """
+    _refuse(rnn.config)
     ours = _weights(rnn)
     if not any(name.startswith("bias") for name in state):
         state = {**state, **{name: torch.zeros_like(x) for name, x in ours.items() if name.startswith("bias")}}
@@ -68,14 +70,13 @@ def load_torch(rnn: RNN, state: Mapping[str, Tensor]) -> None:
             )
     values: list[tuple[Tensor, Tensor]] = []
     for end, way, copies in _ways(rnn):
-        matrix = state[f"weight_hh_{end}"].clone(memory_format=torch.contiguous_format)
-        part = way.weight_hh.part_of(matrix)
-        values.append((way.weight_hh.weight, part.clone()))
-        part.zero_()
-        if matrix.any():
+        matrix = state[f"weight_hh_{end}"]
+        values.append((way.weight_hh.weight, way.weight_hh.part_of(matrix)))
+        rest = way.weight_hh.rest_of(matrix)
+        if rest.any():
             kind = rnn.config.structure.kind
             raise UserError(
-                f"weight_hh_{end} has numbers up to {matrix.abs().max():g} off the structure, wanted 0 there; take "
+                f"weight_hh_{end} has numbers up to {rest.abs().max():g} off the structure, wanted 0 there; take "
                 f"structure.kind = dense instead of {kind}, or set what is off the structure to zero"
             )
         columns, *others = state[f"weight_ih_{end}"].chunk(copies, 1)
@@ -86,9 +87,22 @@ def load_torch(rnn: RNN, state: Mapping[str, Tensor]) -> None:
                     "input, which directions = sum adds before it; take directions = concat"
                 )
         values.append((way.weight_ih, columns))
+        assert way.bias_ih is not None
         values += [(way.bias_ih, state[f"bias_ih_{end}"]), (way.bias_hh, state[f"bias_hh_{end}"])]
     for weight, value in values:
         weight.copy_(value)
+
+
+def _refuse(config: RNNConfig) -> None:
+    """Stacks that cannot take the weights of a module of torch."""
+    if config.parametrization.kind != "free":
+        raise UserError(
+            f"parametrization.kind = {config.parametrization.kind}: its weights follow from other numbers; take free"
+        )
+    if config.structure.kind == "low_rank":
+        raise UserError("structure.kind = low_rank: a matrix of torch has no factors; take another structure")
+    if config.cell.name == "rnn_modrelu":
+        raise UserError("cell.activation = modrelu: torch has no such cell; take another")
 
 
 def _ways(rnn: RNN) -> Iterator[tuple[str, RecurrentLayer, int]]:
@@ -107,16 +121,19 @@ def _weights(rnn: RNN) -> dict[str, Tensor]:
     for end, way, copies in _ways(rnn):
         weights[f"weight_ih_{end}"] = way.weight_ih.detach().repeat(1, copies)
         weights[f"weight_hh_{end}"] = way.weight_hh.dense().detach()
-        weights[f"bias_ih_{end}"] = way.bias_ih.detach()
         weights[f"bias_hh_{end}"] = way.bias_hh.detach()
+        weights[f"bias_ih_{end}"] = torch.zeros_like(way.bias_hh) if way.bias_ih is None else way.bias_ih.detach()
     return weights
 
 
 def _lacks(config: RNNConfig) -> list[str]:
     """What a stack computes and a module of torch does not."""
     lacks = []
-    if isinstance(config.cell, ElmanConfig) and config.cell.activation == "identity":
-        lacks.append("cell.activation = identity: the module computes tanh")
+    if config.cell.name not in TORCH:
+        if isinstance(config.cell, GRUConfig):
+            lacks.append("cell.reset = before: the module's reset gate scales what the recurrent weights gave")
+        elif isinstance(config.cell, ElmanConfig):
+            lacks.append(f"cell.activation = {config.cell.activation}: the module computes tanh")
     if config.norm != "none":
         lacks.append(f"norm = {config.norm}: the module does not normalise the input of its layers, nor its output")
     if config.residual:

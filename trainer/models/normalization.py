@@ -23,7 +23,7 @@ class MaskedBatchNorm(nn.Module):
         size: D.
 
     Shape:
-        x: (B, T, D), mask: (B, T) -> (B, T, D)
+        x: (B, T, D), mask: (B, T), None for all frames -> (B, T, D)
     """
 
     running_mean: Tensor
@@ -42,10 +42,11 @@ class MaskedBatchNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         mean, variance = self.running_mean, self.running_variance
-        if self.training and self.weight.requires_grad and bool(mask.any()):  # a frozen one keeps its statistics
-            frames = x[mask].float()
+        if self.training and self.weight.requires_grad and (mask is None or bool(mask.any())):
+            # A frozen one keeps its statistics.
+            frames = (x.flatten(0, 1) if mask is None else x[mask]).float()
             mean = frames.mean(0)
             variance = frames.var(0, unbiased=False)
             with torch.no_grad():
@@ -73,14 +74,14 @@ def update_statistics(model: nn.Module, applied: bool) -> None:
 class MaskedLayerNorm(nn.LayerNorm):
     """Layer normalisation (Ba et al. 2016) with the signature of `MaskedBatchNorm`; frames never meet."""
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
         return super().forward(x)
 
 
 class NoNorm(nn.Module):
     """Leaves its input alone."""
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return x
 
 

@@ -4,47 +4,29 @@ The stack takes padded batches with lengths. It transposes to time-major once, a
 the backward direction starts at each row's own last frame.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from functools import lru_cache
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 import kernels
 from trainer.config import Config
 from trainer.models.block import Block
+from trainer.models.cells import GATES, TORCH, CellConfig, LSTMConfig
+from trainer.models.initialization import ROTATIONS, DefaultConfig, InitializationConfig
 from trainer.models.normalization import KeyedDropout, NormKind, build_norm, frame_mask
-from trainer.models.structure import Dense, DenseConfig, StructureConfig
+from trainer.models.parametrizations import ORTHOGONAL, FreeConfig, ParametrizationConfig, attach
+from trainer.models.structure import DenseConfig, Structure, StructureConfig
+
+log = logging.getLogger(__name__)
 
 State = tuple[Tensor, ...]
 """(h,) of shape (B, H), or (h, c) for an LSTM."""
 Output = tuple[Tensor, list[State]]
-
-
-class ElmanConfig(Config):
-    """h_t = f(W x_t + U h_{t-1} + b) (Elman 1990)."""
-
-    kind: Literal["rnn"] = "rnn"
-    activation: Literal["tanh", "relu", "identity"] = "tanh"
-
-
-class GRUConfig(Config):
-    """Gated recurrent unit (Cho et al. 2014), in torch's form."""
-
-    kind: Literal["gru"] = "gru"
-
-
-class LSTMConfig(Config):
-    """Long short-term memory (Hochreiter & Schmidhuber 1997)."""
-
-    kind: Literal["lstm"] = "lstm"
-    forget_bias: float = 0.0
-    """Added to the forget gate's bias at the start (Jozefowicz et al. 2015 advise 1)."""
-
-
-CellConfig = Annotated[ElmanConfig | GRUConfig | LSTMConfig, Field(discriminator="kind")]
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
 class RNNConfig(Config):
@@ -55,7 +37,13 @@ class RNNConfig(Config):
     num_layers: PositiveInt = 3
     cell: CellConfig = LSTMConfig()
     structure: StructureConfig = DenseConfig()
+    """Of the recurrent matrices: which of their entries exist."""
+    parametrization: ParametrizationConfig = FreeConfig()
+    """Of the recurrent matrices: what is trained, and how they follow from it."""
+    initialization: InitializationConfig = DefaultConfig()
     """Of the recurrent matrices."""
+    input_range: PositiveFloat | None = None
+    """Weights of the input start uniform in +- this; null: 1 / sqrt(hidden_size)."""
     directions: Literal["forward", "concat", "sum"] = "forward"
     """forward alone, or both: concatenated to 2 H, or added to H."""
     norm: NormKind = "layer"
@@ -66,12 +54,35 @@ class RNNConfig(Config):
     """Of each layer's output."""
 
     @model_validator(mode="after")
-    def _blocks_fit(self) -> "RNNConfig":
+    def _choices_fit(self) -> "RNNConfig":
+        kind, size = self.structure.kind, self.hidden_size
         num_blocks = getattr(self.structure, "num_blocks", 1)
-        if self.hidden_size % num_blocks:
+        if size % num_blocks:
+            raise ValueError(f"structure.num_blocks = {num_blocks} does not divide hidden_size = {size}; change either")
+        if (width := getattr(self.structure, "half_width", 0)) >= size:
+            raise ValueError(f"structure.half_width = {width} with hidden_size = {size}: wanted less than that")
+        rule, start = self.parametrization.kind, self.initialization.kind
+        if rule != "free" and kind in ("banded", "low_rank", "sparse"):
+            cure = "take dense, block_diagonal, permuted_block_diagonal or diagonal, or parametrization.kind = free"
+            raise ValueError(f"parametrization.kind = {rule} with structure.kind = {kind}: needs whole blocks; {cure}")
+        if rule == "spectral_radius" and kind == "permuted_block_diagonal":
             raise ValueError(
-                f"structure.num_blocks = {num_blocks} does not divide hidden_size = {self.hidden_size}; change either"
+                f"parametrization.kind = {rule} with structure.kind = {kind}: the radii of the blocks do not bound "
+                "that of the permuted matrix; take spectral_norm, or structure.kind = block_diagonal"
             )
+        if rule in ORTHOGONAL:
+            if kind == "diagonal" or (kind != "dense" and num_blocks == size):
+                raise ValueError(
+                    f"parametrization.kind = {rule} with structure.kind = {kind}: one number has nothing to "
+                    "rotate; take blocks of at least two units, or parametrization.kind = bounded"
+                )
+            if start not in ROTATIONS:
+                raise ValueError(
+                    f"initialization.kind = {start} with parametrization.kind = {rule}: is not orthogonal; take one of "
+                    + ", ".join(ROTATIONS)
+                )
+        if start != "default" and kind == "low_rank":
+            raise ValueError(f"initialization.kind = {start} with structure.kind = low_rank: take default")
         return self
 
     @property
@@ -87,36 +98,44 @@ class RecurrentLayer(nn.Module):
     """The weights of one layer in one direction; `run` computes it, alone or with the other direction.
 
     Names, shapes and order of gates are those of torch's cells, but for `weight_hh`, which is a `Structure`: its
-    `dense()` is torch's matrix. `trainer.models.convert` goes from a stack to a module of torch and back.
+    `dense()` is torch's matrix. `trainer.models.convert` goes from a stack to a module of torch and back. A modReLU
+    cell has no `bias_ih`, and its `bias_hh` is the b of that function.
 
     Args:
-        config: cell and structure.
+        config: cell, structure, parametrisation.
         input_size: D.
         reverse: run from the last frame to the first.
     """
 
     def __init__(self, config: RNNConfig, input_size: int, reverse: bool = False) -> None:
         super().__init__()
-        self.cell = config.cell
+        self.cell, self.structure = config.cell, config.structure.kind
         self.reverse = reverse
         self.hidden_size = config.hidden_size
+        self.input_range = config.input_range or config.hidden_size**-0.5
         rows = GATES[config.cell.kind] * config.hidden_size
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size))
-        self.bias_ih = nn.Parameter(torch.empty(rows))
+        self.bias_ih = None if config.cell.name == "rnn_modrelu" else nn.Parameter(torch.empty(rows))
         self.bias_hh = nn.Parameter(torch.empty(rows))
-        self.weight_hh = config.structure.build(config.hidden_size, GATES[config.cell.kind])
+        self.weight_hh: Structure = config.structure.build(config.hidden_size, GATES[config.cell.kind])
+        self.weight_hh.initialization = config.initialization
+        attach(config.parametrization, self.weight_hh)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = self.hidden_size**-0.5
-        for p in (self.weight_ih, self.bias_ih, self.bias_hh):
+        nn.init.uniform_(self.weight_ih, -self.input_range, self.input_range)
+        if self.bias_ih is None:
+            nn.init.zeros_(self.bias_hh)
+            return
+        for p in (self.bias_ih, self.bias_hh):
             nn.init.uniform_(p, -bound, bound)
         if isinstance(self.cell, LSTMConfig):
             with torch.no_grad():
                 self.bias_ih[self.hidden_size : 2 * self.hidden_size] += self.cell.forget_bias
 
 
-def run(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor, states: Sequence[State | None]) -> Output:
+def run(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor | None, states: Sequence[State | None]) -> Output:
     """One layer: its directions over the same input.
 
     Args:
@@ -124,15 +143,23 @@ def run(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor, states: Sequ
         states: of each direction, None for zeros.
 
     Shape:
-        x: (T, B, D), lengths: (B,)
+        x: (T, B, D), lengths: (B,), None for T each
         returns: (T, B, R H), the directions side by side, with zeros past each length, and the last state of each
     """
-    cell, weight_hh = ways[0].cell, ways[0].weight_hh
-    if isinstance(weight_hh, Dense) and torch_is_faster(cell, weight_hh.weight):
-        outputs = [_torch(way, x, lengths, state) for way, state in zip(ways, states, strict=True)]
+    matrices = [way.weight_hh.blocks() for way in ways]  # looked at once: each look forms parametrised ones anew
+    if not ways[0].weight_hh.has_kernel:
+        _say_once(f"structure.kind = {ways[0].structure}: runs as a dense matrix, since no kernel knows the structure")
+    if matrices[0].ndim == 4 and matrices[0].shape[1] == 1 and torch_is_faster(ways[0].cell, matrices[0]):
+        given = zip(ways, matrices, states, strict=True)
+        outputs = [_torch(way, matrix.flatten(0, 2), x, lengths, state) for way, matrix, state in given]
         y = outputs[0][0] if len(ways) == 1 else torch.cat([y for y, _ in outputs], -1)
         return y, [last for _, last in outputs]
-    return _kernel(ways, x, lengths, states)
+    return _kernel(ways, matrices, x, lengths, states)
+
+
+@lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    log.info("%s", text)
 
 
 def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
@@ -141,28 +168,38 @@ def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
     On a GPU that is cuDNN. On a CPU it is oneDNN, which torch uses for the LSTM alone and which ours does not beat
     (docs/results.md); torch's RNN and GRU take a call of the matrix library a step, and lose to ours.
     """
-    if isinstance(cell, ElmanConfig) and cell.activation == "identity":
+    if cell.name not in TORCH:
         return False
-    return weight.is_cuda or isinstance(cell, LSTMConfig) or not kernels.is_fast(weight, cell.kind)
+    return weight.is_cuda or isinstance(cell, LSTMConfig) or not kernels.is_fast(weight, cell.name)
 
 
-def _torch(way: RecurrentLayer, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
+def _torch(
+    way: RecurrentLayer, weight_hh: Tensor, x: Tensor, lengths: Tensor | None, state: State | None
+) -> tuple[Tensor, State]:
     """One direction on a padded batch; causal, so padding comes after. The last state is right for rows of T frames."""
     x = reverse_rows(x, lengths) if way.reverse else x
     zeros = x.new_zeros(x.shape[1], way.hidden_size)
     first = [s[None] for s in state or (zeros, zeros)]
-    weights = [way.weight_ih, way.weight_hh.dense(), way.bias_ih, way.bias_hh]
+    assert way.bias_ih is not None
+    weights = [way.weight_ih, weight_hh, way.bias_ih, way.bias_hh]
     options = (True, 1, 0.0, way.training, False, False)  # biases, layers, dropout, train, both ways, batch first
     if isinstance(way.cell, LSTMConfig):
         y, *last = torch.lstm(x, first, weights, *options)
     else:
-        name = way.cell.kind if isinstance(way.cell, GRUConfig) else f"rnn_{way.cell.activation}"
-        y, *last = getattr(torch, name)(x, first[0], weights, *options)
+        y, *last = getattr(torch, way.cell.name)(x, first[0], weights, *options)
     y = reverse_rows(y, lengths) if way.reverse else y
-    return y * frame_mask(lengths, y.shape[0]).T[..., None], tuple(s[0] for s in last)
+    if lengths is not None:
+        y = y * frame_mask(lengths, y.shape[0]).T[..., None]
+    return y, tuple(s[0] for s in last)
 
 
-def _kernel(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor, states: Sequence[State | None]) -> Output:
+def _kernel(
+    ways: Sequence[RecurrentLayer],
+    matrices: Sequence[Tensor],
+    x: Tensor,
+    lengths: Tensor | None,
+    states: Sequence[State | None],
+) -> Output:
     """All directions in one call: more units side by side, some of which run backwards."""
     cell = ways[0].cell
     gates, size = GATES[cell.kind], ways[0].hidden_size
@@ -174,28 +211,27 @@ def _kernel(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor, states: 
             else torch.stack([p.unflatten(0, (gates, size)) for p in parts], 1).flatten(0, 2)
         )
 
-    u = nn.functional.linear(
-        x, side_by_side([way.weight_ih for way in ways]), side_by_side([way.bias_ih for way in ways])
-    )
-    weight = torch.cat([way.weight_hh.blocks() for way in ways], 1)
+    biases = [way.bias_ih for way in ways if way.bias_ih is not None]
+    u = nn.functional.linear(x, side_by_side([way.weight_ih for way in ways]), side_by_side(biases) if biases else None)
     given = [state for state in states if state is not None]
     first = [torch.cat(parts, -1) for parts in zip(*given, strict=True)] if given else []
-    name = f"rnn_{cell.activation}" if isinstance(cell, ElmanConfig) else cell.kind
     y, *last = kernels.recurrence(
         u,
-        weight,
+        matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), 1),
         *first,
-        cell=name,
+        cell=cell.name,
         bias=side_by_side([way.bias_hh for way in ways]),
         lengths=lengths,
         reverse=[way.reverse for way in ways],
     )
-    by_way = [part.split(size, -1) for part in last if part.numel() or name == "lstm"]
+    by_way = [part.split(size, -1) for part in last if part.numel() or cell.name == "lstm"]
     return y, list(zip(*by_way, strict=True))
 
 
-def reverse_rows(x: Tensor, lengths: Tensor) -> Tensor:
+def reverse_rows(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Turn each row of (T, B, D) round inside its own length; what is past it stays where it is."""
+    if lengths is None:
+        return x.flip(0)
     t = torch.arange(x.shape[0], device=x.device)[:, None]
     index = torch.where(t < lengths, lengths - 1 - t, t)  # (T, B)
     return x.gather(0, index[..., None].expand_as(x))
@@ -205,10 +241,10 @@ class Layer(Block, nn.ModuleList):
     """The directions of one layer.
 
     Shape:
-        x: (T, B, D), lengths: (B,) -> (T, B, R H), and the last state of each direction
+        x: (T, B, D), lengths: (B,) or None -> (T, B, R H), and the last state of each direction
     """
 
-    def compute(self, x: Tensor, lengths: Tensor) -> Output:
+    def compute(self, x: Tensor, lengths: Tensor | None) -> Output:
         return run(list(self), x, lengths, [None] * len(self))  # type: ignore[arg-type]
 
 
@@ -220,7 +256,7 @@ class RNN(nn.Module):
         input_size: D.
 
     Shape:
-        x: (B, T, D), lengths: (B,), noise_keys: (B,) int64 or None
+        x: (B, T, D), lengths: (B,), or None where all rows have T frames; noise_keys: (B,) int64 or None
         returns: (B, T, output_size) with zeros past each length; with `all_layers`, also a list of every layer's
         hidden sequence (B, T, H or 2 H) before residual and dropout
     """
@@ -239,9 +275,9 @@ class RNN(nn.Module):
         self.final_norm = build_norm(config.norm, size)
 
     def forward(
-        self, x: Tensor, lengths: Tensor, noise_keys: Tensor | None = None, all_layers: bool = False
+        self, x: Tensor, lengths: Tensor | None, noise_keys: Tensor | None = None, all_layers: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        mask = frame_mask(lengths, x.shape[1])
+        mask = None if lengths is None else frame_mask(lengths, x.shape[1])
         hidden: list[Tensor] = []
         for norm, layer, dropout in zip(self.norms, self.layers, self.dropouts, strict=True):
             inputs = norm(x, mask).transpose(0, 1).contiguous()  # (T, B, D)
@@ -253,8 +289,22 @@ class RNN(nn.Module):
                 hidden.append(y)
             y = dropout(y, noise_keys)
             x = x + y if self.config.residual and x.shape == y.shape else y
-        return self.final_norm(x, mask) * mask[..., None], hidden
+        x = self.final_norm(x, mask)
+        return x if mask is None else x * mask[..., None], hidden
 
     def recurrent_layers(self) -> Iterator[RecurrentLayer]:
         """Every layer and direction."""
         return (m for m in self.modules() if isinstance(m, RecurrentLayer))
+
+    def describe(self) -> dict[str, str]:
+        """Facts for `plan` and the report."""
+        config, layers = self.config, list(self.recurrent_layers())
+        cell = config.cell.name.replace("_", " ")
+        rule = "" if config.parametrization.kind == "free" else f" {config.parametrization.kind}"
+        weights = sum(layer.weight_hh.num_weights() for layer in layers)
+        adds = sum(layer.weight_hh.multiply_adds() for layer in layers)
+        dense = sum(GATES[config.cell.kind] * config.hidden_size**2 for _ in layers)
+        return {
+            "recurrence": f"{len(layers)} x {config.structure.kind}{rule} {cell} of {config.hidden_size} units",
+            "recurrent weights": f"{weights:,}; {adds:,} multiply-adds a step and row, {adds / dense:.2%} of dense",
+        }

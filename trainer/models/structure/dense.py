@@ -3,10 +3,10 @@
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.config import Config
-from trainer.models.structure.base import Structure
+from trainer.models.structure.base import Structure, uniform
 
 
 class DenseConfig(Config):
@@ -25,22 +25,18 @@ class Dense(Structure):
     """
 
     def __init__(self, hidden_size: int, num_gates: int) -> None:
-        super().__init__()
-        self.hidden_size, self.num_gates = hidden_size, num_gates
-        self.weight = nn.Parameter(torch.empty(num_gates * hidden_size, hidden_size))
+        super().__init__(hidden_size, num_gates, (num_gates * hidden_size, hidden_size))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+    @property
+    def square_shape(self) -> tuple[int, ...]:
+        return (self.num_gates, self.hidden_size, self.hidden_size)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h @ self.weight.T
+    def own_start(self) -> Tensor:
+        return uniform(self.weight.shape, self.hidden_size**-0.5)
+
+    def places(self) -> Tensor:
+        return torch.arange(self.num_gates * self.hidden_size**2)
 
     def dense(self) -> Tensor:
         return self.weight
-
-    def blocks(self) -> Tensor:
-        return self.weight.view(self.num_gates, 1, self.hidden_size, self.hidden_size)
-
-    def part_of(self, matrix: Tensor) -> Tensor:
-        return matrix

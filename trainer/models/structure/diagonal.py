@@ -3,13 +3,15 @@
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.config import Config
 from trainer.models.structure.base import Structure
 
 
 class DiagonalConfig(Config):
+    """With a relu cell and the parametrisation `bounded` it is IndRNN (Li et al. 2018, arXiv:1803.04831)."""
+
     kind: Literal["diagonal"] = "diagonal"
 
     def build(self, hidden_size: int, num_gates: int) -> "Diagonal":
@@ -27,22 +29,22 @@ class Diagonal(Structure):
     """
 
     def __init__(self, hidden_size: int, num_gates: int) -> None:
-        super().__init__()
-        self.hidden_size, self.num_gates = hidden_size, num_gates
-        self.weight = nn.Parameter(torch.empty(num_gates, hidden_size))
+        super().__init__(hidden_size, num_gates, (num_gates, hidden_size))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, 0.0, 1.0)
+    @property
+    def square_shape(self) -> tuple[int, ...]:
+        return (self.num_gates, self.hidden_size, 1, 1)
+
+    def own_start(self) -> Tensor:
+        return torch.rand(self.weight.shape)
+
+    def places(self) -> Tensor:
+        size = self.hidden_size
+        return (torch.arange(self.num_gates)[:, None] * size * size + torch.arange(size) * (size + 1)).flatten()
 
     def forward(self, h: Tensor) -> Tensor:
         return (self.weight * h.unsqueeze(-2)).flatten(-2)
 
-    def dense(self) -> Tensor:
-        return torch.cat([torch.diag(gate) for gate in self.weight])
-
     def blocks(self) -> Tensor:
         return self.weight
-
-    def part_of(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(0, self.weight.shape).diagonal(dim1=1, dim2=2)

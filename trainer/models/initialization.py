@@ -1,0 +1,113 @@
+"""Where recurrent matrices start: a choice of its own, beside structure, cell and parametrisation.
+
+All but the default are matrices that are drawn one by one, for each gate and block.
+"""
+
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from trainer.config import Config
+
+if TYPE_CHECKING:
+    from trainer.models.structure.base import Structure
+
+
+class _DrawnConfig(Config):
+    def matrix(self, size: int) -> Tensor:
+        """One matrix (P, P) in float64."""
+        raise TypeError(f"{type(self).__name__} lacks matrix")
+
+    def draw(self, structure: "Structure") -> Tensor:
+        """Values of the structure's weight."""
+        shape = structure.square_shape
+        if shape is None:
+            drawn = [self.matrix(structure.hidden_size) for _ in range(structure.num_gates)]
+            return structure.part_of(torch.cat(drawn)).float()
+        drawn = [self.matrix(shape[-1]) for _ in range(math.prod(shape[:-2]))]
+        return torch.stack(drawn).view(structure.weight.shape).float()
+
+
+class DefaultConfig(Config):
+    """What the parametrisation starts from, else the structure: mostly uniform in +-1/sqrt(units that a unit sees)."""
+
+    kind: Literal["default"] = "default"
+
+    def draw(self, structure: "Structure") -> Tensor:
+        """Values of the structure's weight."""
+        if parametrize.is_parametrized(structure, "weight"):
+            own: InitializationConfig | None = structure.parametrizations.weight[0].start  # type: ignore
+            if own is not None:
+                return own.draw(structure)
+        return structure.own_start()
+
+
+class IdentityConfig(_DrawnConfig):
+    """Le, Jaitly & Hinton 2015, arXiv:1504.00941."""
+
+    kind: Literal["identity"] = "identity"
+    scale: float = 1.0
+
+    def matrix(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.float64) * self.scale
+
+
+class OrthogonalConfig(_DrawnConfig):
+    """Rotations (determinant 1), all equally likely (Saxe et al. 2014, arXiv:1312.6120)."""
+
+    kind: Literal["orthogonal"] = "orthogonal"
+
+    def matrix(self, size: int) -> Tensor:
+        q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
+        q = q * r.diagonal().sign()
+        q[:, -1] *= torch.linalg.det(q).sign()
+        return q
+
+
+class RotationsConfig(_DrawnConfig):
+    """Rotations of neighbouring units, two by two, by angles uniform between two bounds.
+
+    The defaults are those of Henaff, Szlam & LeCun 2016, arXiv:1602.06662; 0 to pi / 2 are those of Helfrich, Willmott
+    & Ye 2018, arXiv:1707.09520, section 3.2. A unit without a neighbour stays.
+    """
+
+    kind: Literal["rotations"] = "rotations"
+    low: float = -math.pi
+    high: float = math.pi
+
+    def matrix(self, size: int) -> Tensor:
+        angles = torch.empty(size // 2, dtype=torch.float64).uniform_(self.low, self.high)
+        cos, sin = angles.cos(), angles.sin()
+        pairs = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+        matrix = torch.eye(size, dtype=torch.float64)
+        matrix[: 2 * len(angles), : 2 * len(angles)] = torch.block_diag(*pairs)
+        return matrix
+
+
+class SparseRadiusConfig(_DrawnConfig):
+    """A few Gaussian numbers in each column, all scaled to a spectral radius (Sutskever et al. 2013)."""
+
+    kind: Literal["sparse_radius"] = "sparse_radius"
+    nonzero: PositiveInt = 15
+    """Numbers in each column."""
+    radius: float = Field(1.2, gt=0)
+    """Largest absolute eigenvalue of each matrix."""
+
+    def matrix(self, size: int) -> Tensor:
+        matrix = torch.randn(size, size, dtype=torch.float64)
+        rank = torch.rand(size, size).argsort(0).argsort(0)  # of each column, an order of its rows
+        matrix[rank >= self.nonzero] = 0.0
+        radius = torch.linalg.eigvals(matrix).abs().max()
+        return matrix * (self.radius / radius.clamp_min(1e-12))
+
+
+InitializationConfig = Annotated[
+    DefaultConfig | IdentityConfig | OrthogonalConfig | RotationsConfig | SparseRadiusConfig,
+    Field(discriminator="kind"),
+]
+ROTATIONS = ("default", "identity", "orthogonal", "rotations")
+"""Kinds that an orthogonal parametrisation can start from."""
