@@ -16,6 +16,7 @@ from trainer import keyed
 from trainer.config import Config
 from trainer.data.augment import SpecAugment
 from trainer.data.dataset import Batch
+from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared
 from trainer.data.text import BLANK, PhonesConfig, Tokens
@@ -42,6 +43,7 @@ class SpeechRunConfig(RunConfig):
     """A run of the speech recipe."""
 
     data: SpeechDataConfig = SpeechDataConfig()
+    plan: BucketedConfig = BucketedConfig()
     model: SpeechModelConfig = SpeechModelConfig()
 
 

@@ -391,7 +391,7 @@ class Training:
                 "data_wait_percent": 100 * waited / seconds,
                 "step_seconds": seconds,
             },
-            f"loss {loss:.3f}  lr {lr:.1e}  {hours_a_second * 3600:.0f}x real time  "
+            f"loss {loss:.4g}  lr {lr:.1e}  {_speed(step, seconds)}  "
             f"epoch {where.epoch + 1}  {max(left, 0) / 60:.1f} min left",
         )
 
@@ -492,3 +492,10 @@ class Training:
         told = self.ledger.flush() and self.tracker.flush()
         obstacle = None if told else "ledger or metrics of its steps could not be written"
         self.writer.start(self.position.step, slices, state, obstacle)
+
+
+def _speed(step: Step, seconds: float) -> str:
+    """How fast a step was, in what its data is measured in."""
+    if (sound := step.counts.get("seconds")) is not None:
+        return f"{sound / seconds:.0f}x real time"
+    return f"{step.counts['samples'] / seconds:.0f} samples/s"

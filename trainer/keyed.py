@@ -48,6 +48,13 @@ def uniform(keys: NDArray[np.uint64], *parts: int | str) -> NDArray[np.float64]:
     return (hashes(keys, *parts) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def table(keys: NDArray[np.int64], count: int, *parts: int | str) -> NDArray[np.float64]:
+    """`count` numbers in [0, 1) for each key, a row each."""
+    rows = hashes(keys.astype(np.uint64), *parts)[:, None]
+    columns = mix(np.arange(count, dtype=np.uint64))
+    return (mix(rows ^ columns) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def permutation(count: int, *parts: int | str) -> NDArray[np.int64]:
     """An order of 0 .. count - 1 that depends on `parts` only."""
     return np.argsort(hashes(np.arange(count, dtype=np.uint64), *parts), kind="stable")

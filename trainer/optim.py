@@ -118,7 +118,7 @@ class RMSprop(Guarded, torch.optim.RMSprop):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, parametrized_lr: float) -> list[dict[str, Any]]:
-    """Matrices, which decay; vectors, which do not; and what parametrises matrices, with a learning rate of its own. Frozen
+    """Matrices, which decay; vectors; and what parametrises matrices, with a learning rate of its own. Frozen
     parameters are in none."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [(name, p) for name, p in named if PARAMETRIZED not in name]

@@ -18,7 +18,8 @@ from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
 from trainer.config import PROJECT, Config, Free
 from trainer.data.dataset import Batch, Dataset
-from trainer.data.plan import BucketedConfig, PlanConfig
+from trainer.data.generated import GeneratedConfig
+from trainer.data.plan import BucketedConfig
 from trainer.distributed import Precision, ZeroConfig
 from trainer.errors import UserError
 from trainer.metrics import Loss, Mean
@@ -111,7 +112,8 @@ class RunConfig(Config):
     the same numbers."""
     profile: Free[bool] = False
     """Write a trace of a few steps to RUN/profile/."""
-    plan: PlanConfig = BucketedConfig()
+    plan: BucketedConfig | GeneratedConfig = BucketedConfig()
+    """A recipe says which of them its data follows."""
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     zero: Free[ZeroConfig] = ZeroConfig()

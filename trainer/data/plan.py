@@ -168,10 +168,6 @@ class BucketedConfig(Config):
         return min(self.max_seconds or alone, alone)
 
 
-PlanConfig = BucketedConfig
-"""A second kind makes it a union: `Annotated[BucketedConfig | ..., Field(discriminator="kind")]`."""
-
-
 @dataclass(frozen=True)
 class Measures:
     """Some samples as the plan sees them: n samples at each of S speeds."""

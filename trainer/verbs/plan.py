@@ -102,7 +102,9 @@ def _worst(recipe: "Recipe[Any]", dataset: "Dataset", steps: "Steps", model: "nn
             sum((x.sum for x in output.losses.values()), start=torch.zeros((), device=device)).backward()
 
     _, _, grown = memory.taken(device, work)
-    return f"{len(worst[0].samples)} samples of up to {worst[0].cost / len(worst[0].samples):.1f} s", grown
+    size = worst[0].cost / len(worst[0].samples)
+    length = f"up to {size:.1f} s" if "seconds" in steps[0].counts else f"{size:,.0f} frames"
+    return f"{len(worst[0].samples)} samples of {length}", grown
 
 
 def _warnings(world_size: int, size: int, padding: float) -> list[str]:

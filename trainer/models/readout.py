@@ -1,0 +1,30 @@
+"""A recurrent stack with a linear readout of each frame, or of the last."""
+
+from torch import Tensor, nn
+
+from trainer.models.rnn import RNNConfig
+
+
+class Readout(nn.Module):
+    """Rows of one length to numbers.
+
+    Args:
+        config: of the stack.
+        input_size: D.
+        output_size: V.
+        last: read the last frame alone.
+
+    Shape:
+        x: (B, T, D), noise_keys: (B,) int64 or None -> (B, T, V), or (B, V) of the last frame
+    """
+
+    def __init__(self, config: RNNConfig, input_size: int, output_size: int, last: bool = False) -> None:
+        super().__init__()
+        self.last = last
+        self.rnn = config.build(input_size)
+        self.output = nn.Linear(config.output_size, output_size)
+
+    def forward(self, x: Tensor, noise_keys: Tensor | None = None) -> Tensor:
+        y, _ = self.rnn(x, None, noise_keys)
+        numbers: Tensor = self.output(y[:, -1] if self.last else y).float()
+        return numbers
