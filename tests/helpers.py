@@ -207,13 +207,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, se
     return [value for _, value in results]
 
 
-def fit(ranks: Any, arguments: list[str]) -> dict[str, Any]:
-    """Train speech/tones with overrides to the end; what a test wants to know of it."""
+def fit(ranks: Any, arguments: list[str], config: str = "speech/tones") -> dict[str, Any]:
+    """Train a configuration with overrides to the end; what a test wants to know of it."""
     from trainer import recipe
     from trainer.engine import Training
     from trainer.errors import RequeueError
 
-    training = Training(recipe.load("speech/tones", arguments), ranks)
+    training = Training(recipe.load(config, arguments), ranks)
     stopped = False
     try:
         values = training.fit()

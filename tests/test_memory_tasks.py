@@ -1,0 +1,110 @@
+"""Copying, adding and pixels: their models have the papers' sizes, they learn, and they resume exactly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.data.test_generated import write_set
+from tests.helpers import fit, run_ranks
+from trainer import recipe
+from trainer.run import read_ledger
+
+QUIET = ["tracking.wandb=disabled", "validation.table_rows=0"]
+
+
+def tiny(task: str, folder: Path, runs: Path, *more: str) -> list[str]:
+    """Overrides that make a run of a second of any of these recipes."""
+    sizes = {
+        "copying/t1000": ["data.delay_steps=12", "data.num_train=90", "data.num_valid=10"],
+        "adding/t200": ["data.length_steps=16", "data.num_train=90", "data.num_valid=10"],
+        "pixels/sequential": [f"data.corpus={{kind: mnist, path: {folder}}}", "data.num_valid=2"],
+    }
+    plan = "plan={micro_batch_samples: 3, micro_batches_per_step: 3}"
+    return [*QUIET, *sizes[task], plan, "model.hidden_size=12", f"runs_dir={runs}", "name=run", *more]
+
+
+TASKS = ["copying/t1000", "adding/t200", "pixels/sequential"]
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "wanted"),
+    [
+        ("copying/t1000", [], 21_764),
+        ("adding/t200", [], 15_046),
+        ("pixels/sequential", [], 16_415),
+        ("pixels/permuted", ["model.hidden_size=360"], 68_950),
+        ("pixels/sequential", ["model.hidden_size=512"], 136_970),
+    ],
+)
+def test_models_have_the_papers_numbers_of_parameters(config: str, overrides: list[str], wanted: int) -> None:
+    """n (n - 1) / 2 + n in + n + n out + out (Helfrich et al. 2018)."""
+    model = recipe.load(config, overrides).build_model()
+    assert sum(p.numel() for p in model.parameters()) == wanted
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    write_set(tmp_path / "pictures", packed=True)
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_dummy_and_an_invalid_place_count_nothing(task: str, pictures: Path, tmp_path: Path) -> None:
+    made = recipe.load(task, tiny(task, pictures, tmp_path))
+    model, dataset = made.build_model().eval(), made.build_dataset("train")
+    output = made.step(model, dataset.dummy())
+    for found in [*output.losses.values(), *output.metrics.values()]:
+        assert float(torch.as_tensor(found.sum).detach()) == found.count == 0
+    whole = dataset.load(dataset.plan.epoch(0)[0].micro_batches[0])
+    part = {name: value[1:] for name, value in whole.items() if name != "faults"} | {"faults": []}
+    spoiled = whole | {"valid": torch.tensor([False, True, True])}
+    for a, b in zip(made.step(model, spoiled).losses.values(), made.step(model, part).losses.values(), strict=True):
+        assert a.count == b.count
+        torch.testing.assert_close(a.sum, b.sum)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_half_way_and_resumed_is_the_whole(task: str, pictures: Path, tmp_path: Path) -> None:
+    def trained(runs: str, *steps: int) -> dict[str, Any]:
+        for number in steps:
+            (result,) = run_ranks(1, fit, tiny(task, pictures, tmp_path / runs, f"max_steps={number}"), task)
+        return result
+
+    whole, resumed = trained("whole", 4), trained("resumed", 2, 4)
+    for name, weight in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+    rows = [read_ledger(tmp_path / runs / "run/ledger") for runs in ("whole", "resumed")]
+    assert rows[0] == rows[1]
+    assert [len(row["keys"]) for row in rows[0]][:3] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_ranks_share_the_batches_of_one(stage: int, pictures: Path, tmp_path: Path) -> None:
+    """A group of its own for what parametrises the matrix, at both ends of ZeRO; resumed on another number of ranks."""
+    arguments = {
+        name: tiny("copying/t1000", pictures, tmp_path / name, f"zero.stage={stage}") for name in ("one", "two")
+    }
+    (one,) = run_ranks(1, fit, [*arguments["one"], "max_steps=6"], "copying/t1000")
+    run_ranks(2, fit, [*arguments["two"], "max_steps=3"], "copying/t1000")
+    (two,) = run_ranks(1, fit, [*arguments["two"], "max_steps=6"], "copying/t1000")
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    assert read_ledger(tmp_path / "one/run/ledger") == read_ledger(tmp_path / "two/run/ledger")
+
+
+def test_an_orthogonal_net_remembers(tmp_path: Path) -> None:
+    """Over 100 steps, far below what a net without memory reaches; docs/results.md has 1,000 and 2,000."""
+    more = [
+        "data.delay_steps=100",
+        "data.num_train=2000",
+        "data.num_valid=100",
+        "max_steps=100",
+        f"runs_dir={tmp_path}",
+    ]
+    (result,) = run_ranks(
+        1, fit, [*QUIET, *more, "model.hidden_size=128", "validation.every_steps=100"], "copying/t1000"
+    )
+    chance = recipe.load("copying/t1000", more).config.data.chance
+    assert result["values"]["loss"] < chance / 2
