@@ -127,7 +127,7 @@ struct Forward {
                   (b.backwards ? -2 : 2) * s.B,
                   zone_h,
                   zone_c};
-    const bool simple = !x.mask && !zone_h.on && !zone_c.on && s.padded == s.P;
+    const bool simple = !x.mask && !zone_h.on && !zone_c.on;
     simple ? run_tiles<true>(b, l, it, active, pass, team) : run_tiles<false>(b, l, it, active, pass, team);
   }
 
@@ -146,8 +146,12 @@ struct Forward {
         for (int64_t r = first; r < last; r++)
           for (int i = 0; i < z.NU; i++) {
             const int64_t j = panel * z.NU + i;
-            const int valid = SIMPLE ? L<R> : s.valid(j);
-            if (valid) epilogue<SIMPLE>(l, r, order[r], pass, j * L<R>, valid, sums + (r - first) * NJ + i, z.NU);
+            const int valid = s.valid(j);
+            const V<R>* sum = sums + (r - first) * NJ + i;
+            if (SIMPLE && valid == L<R>)
+              epilogue<true>(l, r, order[r], pass, j * L<R>, L<R>, sum, z.NU);
+            else if (valid)
+              epilogue<false>(l, r, order[r], pass, j * L<R>, valid, sum, z.NU);
           }
       });
   }
@@ -361,7 +365,7 @@ struct Backward {
                   zone_h,
                   zone_c,
                   b.backwards};
-    const bool simple = !x.mask && !zone_h.on && !zone_c.on && s.padded == s.P;
+    const bool simple = !x.mask && !zone_h.on && !zone_c.on;
     simple ? run_tiles<true>(b, l, it, active, team) : run_tiles<false>(b, l, it, active, team);
   }
 
@@ -382,12 +386,14 @@ struct Backward {
         for (int64_t r = first; r < last; r++)
           for (int i = 0; i < NU; i++) {
             const int64_t unit = (panel * NU + i) * L<R>;
-            const int valid = SIMPLE ? L<R> : s.valid(panel * NU + i);
+            const int valid = s.valid(panel * NU + i);
             const V<R> sum = sums[(r - first) * NU + i];
             if (valid && ended)
               arrive(l, r, order[r], unit, valid, sum);
+            else if (SIMPLE && valid == L<R>)
+              epilogue<true>(l, r, order[r], unit, L<R>, sum);
             else if (valid)
-              epilogue<SIMPLE>(l, r, order[r], unit, valid, sum);
+              epilogue<false>(l, r, order[r], unit, valid, sum);
             else if (!ended)
               clear(l, r, unit);
           }

@@ -222,3 +222,23 @@ def shard_statistics(seconds: dict[str, list[float]], units: dict[str, int], wha
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
     picture(figure, path)
+
+
+def sweep(
+    curves: dict[str, list[list[tuple[int, float]]]], chances: dict[str, float], monitor: str, path: Path
+) -> None:
+    """Validations over steps, a colour a variant and a line a seed; a dashed line where nothing was learnt."""
+    figure, axes = _axes(monitor)
+    for i, (variant, runs) in enumerate(curves.items()):
+        color = plt.colormaps["tab10"](i % 10)
+        for j, run in enumerate(runs):
+            steps, values = zip(*run, strict=True) if run else ((), ())
+            axes.plot(steps, values, color=color, linewidth=1.2, alpha=0.8, label=variant[:60] if not j else None)
+        chance = next((value for label, value in chances.items() if variant.startswith(label)), None)
+        if chance is not None:
+            axes.axhline(chance, color=color, linestyle="--", linewidth=0.8)
+    if min((value for runs in curves.values() for run in runs for _, value in run), default=0.0) > 0:
+        axes.set_yscale("log")
+    if len(curves) <= 12:
+        axes.legend(fontsize=7)
+    picture(figure, path)

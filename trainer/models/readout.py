@@ -26,5 +26,8 @@ class Readout(nn.Module):
 
     def forward(self, x: Tensor, noise_keys: Tensor | None = None) -> Tensor:
         y, _ = self.rnn(x, None, noise_keys)
-        numbers: Tensor = self.output(y[:, -1] if self.last else y).float()
-        return numbers
+        if self.last:
+            return self.output(y[:, -1]).float()
+        # The stack's output lies in the order of time: read as (T, B, H) it needs no copy.
+        numbers: Tensor = self.output(y.transpose(0, 1)).transpose(0, 1)
+        return numbers.float()

@@ -212,7 +212,7 @@ def _kernel(
         )
 
     biases = [way.bias_ih for way in ways if way.bias_ih is not None]
-    u = nn.functional.linear(x, side_by_side([way.weight_ih for way in ways]), side_by_side(biases) if biases else None)
+    u = linear(x, side_by_side([way.weight_ih for way in ways]), side_by_side(biases) if biases else None)
     given = [state for state in states if state is not None]
     first = [torch.cat(parts, -1) for parts in zip(*given, strict=True)] if given else []
     y, *last = kernels.recurrence(
@@ -226,6 +226,23 @@ def _kernel(
     )
     by_way = [part.split(size, -1) for part in last if part.numel() or cell.name == "lstm"]
     return y, list(zip(*by_way, strict=True))
+
+
+THIN = 16
+"""Input sizes up to which `linear` takes a product a frame."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, where x is thin as a small product for each frame: for one that is tall and thin, and more so for its
+    gradient, the CPU's matrix library takes more than twice as long (docs/results.md).
+
+    Shape:
+        x: (T, B, D), weight: (V, D), bias: (V,) -> (T, B, V)
+    """
+    if not 1 < x.shape[-1] <= THIN or x.is_cuda:
+        return nn.functional.linear(x, weight, bias)
+    matrices = weight.T.expand(len(x), -1, -1)
+    return torch.bmm(x, matrices) if bias is None else torch.baddbmm(bias, x, matrices)
 
 
 def reverse_rows(x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -3,12 +3,14 @@
     ./launch.sh bench step speech/read_ru        the engine's step against a bare PyTorch loop
     ./launch.sh bench loader speech/read_ru      the loader against webdataset, files and lhotse (where it is installed)
     ./launch.sh bench kernels                    every kernel against torch, a loop, and its own floor, on one thread
+    ./launch.sh bench orthogonal                 cost of an orthogonal matrix; copying against torch's parts, one thread
     ./launch.sh bench plan speech/read_ru        time and memory of index and plan of large synthetic corpora, padding
     ./launch.sh bench batch-size speech/read_ru  the largest safe plan.micro_batch_seconds on this device
 
-The rivals stand in trainer/bench.py, trainer/bench_loader.py and kernels/bench.py. Lines of blocks are measured against
-FlashRNN too, where `pip install flashrnn packaging einops` was done. Close other programs first; the spread (quartiles)
-tells whether it was quiet. A corpus of `bench plan` with 10 million utterances takes 4 GB under --folder (or TMPDIR).
+The rivals stand in trainer/bench.py, bench_loader.py and bench_orthogonal.py, and in kernels/bench.py. Lines of blocks
+are measured against FlashRNN too, where `pip install flashrnn packaging einops` was done. Close other programs first;
+the spread (quartiles) tells whether it was quiet. A corpus of `bench plan` with 10 million utterances takes 4 GB under
+--folder (or TMPDIR).
 """
 
 import argparse
@@ -21,7 +23,7 @@ from trainer.verbs import add_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["step", "loader", "kernels", "plan", "batch-size"])
+    parser.add_argument("what", choices=["step", "loader", "kernels", "orthogonal", "plan", "batch-size"])
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="speech/read_ru")
     add_overrides(parser)
     parser.add_argument("--repetitions", type=int, default=7, help="of every way of step and loader (default 7)")
@@ -45,7 +47,8 @@ def main(arguments: argparse.Namespace) -> int:
     for name in ("repetitions", "steps", "seconds", "hours", "per_shard", "world_size", "gib"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: wanted more than 0")
-    run = {"kernels": _kernels, "plan": _plan, "batch-size": _batch_size}.get(arguments.what, _training)
+    others = {"kernels": _kernels, "orthogonal": _orthogonal, "plan": _plan, "batch-size": _batch_size}
+    run = others.get(arguments.what, _training)
     result = run(arguments)
     result["machine"] = machine.describe()
     if arguments.json:
@@ -102,6 +105,30 @@ def _ratios(lines: list[dict[str, Any]]) -> Any:
         wanted = f"{line['wanted']:g}" if line["wanted"] else ""
         table.add_row(line["contest"], line["rival"], *shown, wanted + ("  MISSED" if missed else ""))
     return table
+
+
+def _orthogonal(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer import bench_orthogonal, distributed
+
+    torch.set_num_threads(1)
+    ranks = distributed.start()
+    try:
+        rows = bench_orthogonal.forming(10 * arguments.repetitions)
+        rows |= bench_orthogonal.training(ranks, arguments.overrides, arguments.repetitions)
+    finally:
+        distributed.stop()
+    table = Table(title="ratios: median (quartiles), one thread")
+    for heading in ("", "ms", "by the clock", "by processor time", "wanted"):
+        table.add_column(heading)
+    for name, row in rows.items():
+        shown = [f"{v['median']:.2f} ({v['low']:.2f}-{v['high']:.2f})" for v in (row["clock"], row["processor"])]
+        table.add_row(name, " / ".join(f"{x:.1f}" for x in row["milliseconds"]), *shown, row["wanted"])
+    Console(width=150 if not sys.stdout.isatty() else None).print(table)
+    return {"rows": rows}
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""A sweep runs every combination, survives being killed, loses nothing, and says what came of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer import sweep as sweeps
+from trainer.__main__ import main
+from trainer.config import PROJECT
+from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE
+from trainer.sweep import DrawConfig, SweepConfig, VariantConfig
+
+TINY = [
+    "data.delay_steps=10",
+    "data.num_train=60",
+    "data.num_valid=10",
+    "model.hidden_size=8",
+    "validation.every_steps=3",
+    "max_steps=6",
+    "plan.micro_batch_samples=5",
+    "tracking.wandb=disabled",
+]
+
+
+def write(folder: Path, **more: object) -> Path:
+    path = folder / "tiny.yaml"
+    values = {
+        "config": "copying/t1000",
+        "overrides": TINY,
+        "grid": {"optimizer.lr": [1e-3, 1e-2, 3e-2]},
+        "seeds": [0, 1],
+        "workers": 2,
+        "runs_dir": str(folder / "runs"),
+        **more,
+    }
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def command(path: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "trainer", "sweep", str(path)]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(folder: Path) -> list[Path]:
+    return sorted((folder / "runs/tiny").glob("*/result.json"))
+
+
+def results(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "runs/tiny/results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "command")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = command(write(folder))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "6 runs, 0 finished, 2 at a time" in output
+    assert "about " in output
+    return folder
+
+
+def test_every_combination_is_a_run_and_the_table_has_them(whole: Path) -> None:
+    rows = results(whole)
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        (f"optimizer.lr={lr}", seed) for lr in (0.001, 0.01, 0.03) for seed in (0, 1)
+    ]
+    assert len({row["best"] for row in rows}) == 6
+    for row in rows:
+        assert (whole / "runs/tiny" / row["run"] / "checkpoints/latest").exists()
+        assert row["steps"] == 6
+    table = (whole / "runs/tiny/table.md").read_text()
+    assert table.count("./launch.sh train copying/t1000") == 6
+    assert "| optimizer.lr=0.03 |" in table
+    assert (whole / "runs/tiny/curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "asked to stop"])
+def test_an_interrupted_sweep_goes_on_and_loses_nothing(whole: Path, tmp_path: Path, number: int) -> None:
+    path = write(tmp_path)
+    process = command(path)
+    deadline = time.monotonic() + 200
+    while len(finished(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    before = {p: p.stat().st_mtime_ns for p in finished(tmp_path)}
+    process.send_signal(number)
+    process.communicate(timeout=100)
+    assert process.returncode == (-9 if number == signal.SIGKILL else EXIT_REQUEUE)
+    assert 2 <= len(before) < 6
+    again = command(path)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())  # none of them was run again
+    assert results(tmp_path) == results(whole)
+
+
+def test_a_run_that_fails_is_told_and_the_others_are_done(tmp_path: Path) -> None:
+    path = write(tmp_path, grid={"model.parametrization.kind": ["cayley"], "init_from": [None, "nowhere"]}, seeds=[0])
+    process = command(path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_USER_MISTAKE, output
+    assert "1 runs failed" in output
+    assert "nowhere" in output
+    assert len(finished(tmp_path)) == 1
+    assert (tmp_path / "runs/tiny/table.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({"grid": {"optimizer.lrr": [1]}}, "optimizer.lrr"),
+        ({"grid": {"seed": [1]}, "random": {"seed": {"choices": [1]}}}, "grid and random are both given"),
+        ({"config": None}, "config is missing"),
+        ({"seeds": []}, "seeds"),
+        ({"random": {"optimizer.lr": {"low": 1}}, "grid": {}}, "wanted either choices, or low and high"),
+        ({"random": {"optimizer.lr": {"low": 0, "high": 1, "log": True}}, "grid": {}}, "above 0 where log"),
+        ({"seedz": [1]}, "did you mean seeds?"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(
+    more: dict, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(write(tmp_path, **more))]) == EXIT_USER_MISTAKE
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_draws_follow_from_the_name_and_stay_inside() -> None:
+    sweep = SweepConfig(
+        config="copying/t1000",
+        random={
+            "optimizer.lr": DrawConfig(low=1e-4, high=1e-2, log=True),
+            "model.hidden_size": DrawConfig(low=8, high=32, whole=True),
+            "optimizer.kind": DrawConfig(choices=("rmsprop", "adamw")),
+        },
+        samples=200,
+        seeds=(0,),
+    )
+    drawn = list(sweeps._settings(sweep, "a"))
+    assert drawn == list(sweeps._settings(sweep, "a")) != list(sweeps._settings(sweep, "b"))
+    rates = [d["optimizer.lr"] for d in drawn]
+    assert all(1e-4 <= lr <= 1e-2 for lr in rates)
+    assert 0.4 < sum(lr < 1e-3 for lr in rates) / 200 < 0.6
+    assert {d["model.hidden_size"] for d in drawn} == set(range(8, 33))
+    assert {d["optimizer.kind"] for d in drawn} == {"rmsprop", "adamw"}
+    assert len({p.name for p in sweeps.points(sweep, "a")}) == 200
+
+
+def test_pairs_are_compared_by_the_signs_of_their_differences() -> None:
+    assert sweeps.sign_flip_test([1.0, 1.0, 1.0]) == 2 / 8
+    assert sweeps.sign_flip_test([1.0, -1.0]) == 1.0
+    assert sweeps.sign_flip_test([1.0] * 10) == 2 / 1024
+    assert sweeps.sign_flip_test([1.0] * 20) < 1e-3 < 0.5 < sweeps.sign_flip_test([1.0, -1.0] * 10)
+
+
+def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
+    variants = {"a": VariantConfig(paper="1.5"), "b": VariantConfig()}
+    sweep = SweepConfig(config="copying/t1000", variants=variants)
+    rows = [
+        {
+            "variant": variant,
+            "seed": seed,
+            "monitor": "loss",
+            "best": best + seed,
+            "parameters": 21764,
+            "steps": 9,
+            "seconds": 60,
+        }
+        for variant, best in (("a", 1.0), ("b", 3.0))
+        for seed in (0, 1, 2)
+    ]
+    first, second = sweeps.table(sweep, rows)
+    assert first["best loss"] == "2 +- 1"
+    assert first["paper"] == "1.5"
+    assert second["against the first (p)"] == "+2 (0.25)"
+    assert second["parameters"] == "21,764"
+    assert second["seeds"] == "0, 1, 2"
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_run_of_the_projects_sweeps_is_valid(path: Path) -> None:
+    from trainer import recipe
+
+    for point in sweeps.points(sweeps.load(path), path.stem):
+        recipe.load(point.config, point.overrides)
+
+
+def test_reproduce_names_the_tables_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "memorie"]) == EXIT_USER_MISTAKE
+    assert "known tables: memory" in capsys.readouterr().err
+    assert main(["reproduce", "memory", "--workers", "0"]) == EXIT_USER_MISTAKE
+    assert "--workers 0: wanted 1 or more" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""Runs a grid or a random search over any keys and seeds; goes on where it was stopped or killed.
+
+    ./launch.sh sweep sweeps/memory.yaml
+
+FILE names a CONFIG and what varies:
+
+    config: copying/t1000
+    overrides: [max_steps=2000]
+    grid: {optimizer.lr: [1e-3, 3e-4]}            # every combination; or:
+    random: {optimizer.lr: {low: 1e-4, high: 1e-2, log: true}}
+    variants: {orthogonal: {}, lstm: {overrides: [model.cell.kind=lstm]}}
+    seeds: [0, 1, 2]
+
+Each run is a run directory below runs/NAME, where NAME is that of the file. A table (means over seeds, the paired
+difference from the first line with the p-value of a sign-flip test) and a picture lie there too. Exit codes as in
+train.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", type=Path, help="a YAML file")
+    parser.add_argument("--workers", type=int, help="processes at a time (default: what the file says, or one a core)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from trainer.errors import UserError
+
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: wanted 1 or more")
+    return sweep(arguments.file, arguments.workers)
+
+
+def sweep(path: Path, workers: int | None = None) -> int:
+    """Run a sweep's file, and show and write what came of it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer import plots
+    from trainer import sweep as sweeps
+    from trainer.config import show
+    from trainer.errors import UserError
+
+    config = sweeps.load(path)
+    if workers is not None:
+        config = config.model_copy(update={"workers": workers})
+    name, console = path.stem, Console()
+    failed: UserError | None = None
+    try:
+        rows = sweeps.run(config, name, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+    except UserError as error:
+        if not (config.runs_dir / name / "results.jsonl").is_file():
+            raise
+        failed, rows = error, [r for p in sweeps.points(config, name) if (r := sweeps.result_of(config, name, p))]
+    lines = sweeps.table(config, rows)
+    folder = config.runs_dir / name
+    if lines:
+        shown = Table(title=f"{name}: means over seeds, +- their standard deviation")
+        for heading in lines[0]:
+            shown.add_column(heading)
+        for line in lines:
+            shown.add_row(*line.values())
+        console.print(shown, markup=False)
+        commands = "".join(f"- {row['run']}: `{row['command']}`\n" for row in rows)
+        (folder / "table.md").write_text(f"{sweeps.markdown(lines)}\n{commands}", encoding="utf-8")
+        chances = {label: v.chance for label, v in config.variants.items() if v.chance is not None}
+        plots.sweep(sweeps.curves(config, name, rows), chances, rows[0]["monitor"], folder / "curves.png")
+        console.print(f"{show(folder)}/table.md, curves.png, results.jsonl", highlight=False)
+    if failed is not None:
+        raise failed
+    return 0
