@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
-from trainer import bench_loader, bench_plan
+from trainer import bench_loader, bench_orthogonal, bench_plan, recipe
 from trainer.__main__ import main
 from trainer.errors import EXIT_USER_MISTAKE
 from trainer.verbs import bench as bench_verb
@@ -131,3 +132,36 @@ def test_plan(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     capsys.readouterr()
     assert main(["bench", "plan", "--sizes=many"]) == EXIT_USER_MISTAKE
     assert "--sizes many: wanted" in capsys.readouterr().err
+
+
+def orthogonal(ranks: Any, out: Path) -> dict[str, Any]:
+    small = ["data.delay_steps=20", "model.hidden_size=16"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_orthogonal, "DRIFT_STEPS", 3)
+        assert main(["bench", "orthogonal", "copying/t1000", *small, "--repetitions=1", f"--json={out}"]) == 0
+    return json.loads(out.read_text())
+
+
+def test_orthogonal(tmp_path: Path) -> None:
+    (result,) = run_ranks(1, orthogonal, tmp_path / "orthogonal.json")
+    assert [name.split(" ")[0] for name in result["rows"]] == ["forming", "forming", "copying,"]
+    for row in result["rows"].values():
+        assert row["clock"]["median"] > 0
+        assert row["wanted"]
+    assert all(off < 1e-5 for _, off in result["drifts"].values())
+
+
+def test_the_rival_of_the_orthogonal_net_computes_the_same() -> None:
+    """Given the same matrix, the net of torch's parts is the recipe's."""
+    ours = recipe.load("copying/t1000", ["model.hidden_size=16"]).build_model()
+    rival = bench_orthogonal.TorchNet(10, 16, 9)
+    layer = next(ours.rnn.recurrent_layers())
+    parametrize.remove_parametrizations(rival.recurrent, "weight")
+    with torch.no_grad():
+        layer.bias_hh.uniform_(-0.01, 0.01)
+        rival.input.weight.copy_(layer.weight_ih)
+        rival.recurrent.weight.copy_(layer.weight_hh.weight)
+        rival.bias.copy_(layer.bias_hh)
+        rival.output.load_state_dict(ours.output.state_dict())
+    x = torch.randn(3, 30, 10)
+    torch.testing.assert_close(rival(x), ours(x), rtol=1e-4, atol=1e-6)

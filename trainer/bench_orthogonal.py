@@ -23,6 +23,8 @@ from trainer.models.structure import BlockDiagonalConfig, DenseConfig
 FORMED = {"16 blocks of 64": (BlockDiagonalConfig(num_blocks=16), 1024, 0.5), "dense 512": (DenseConfig(), 512, 1.2)}
 """Structure, width, and at most how much of the recurrence's time forming it may take."""
 STEPS, BATCH = 100, 16
+DRIFT_STEPS = 10_000
+DRIFTED = {"dense 190": (DenseConfig(), 190), "8 blocks of 24": (BlockDiagonalConfig(num_blocks=8), 192)}
 AT_LEAST = 3.0
 """Times as fast as the rival that training is to be."""
 
@@ -103,6 +105,29 @@ def training(ranks: Ranks, overrides: list[str], repetitions: int) -> dict[str, 
     ratio = _row(times["rival"], times["ours"])
     name = f"copying, {config.data.frames} frames of {config.model.hidden_size} units: torch's loop, over the engine"
     return {name: {**ratio, "wanted": f">= {AT_LEAST:g}"}}
+
+
+def drift(config: Any, width: int, steps: int) -> tuple[float, float]:
+    """Train a matrix with RMSprop towards a fixed one under noise of equal size, in float32.
+
+    Returns:
+        the largest change of an entry, and the spectral norm of W^T W - I, of the worst block.
+    """
+    structure = config.build(width, 1)
+    attach(CayleyConfig(), structure)
+    start = structure.weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(start.shape, generator=generator)
+    optimizer = torch.optim.RMSprop(structure.parameters(), lr=1e-3, alpha=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        noise = torch.randn(start.shape, generator=generator)
+        (structure.weight * (target + noise)).sum().backward()
+        optimizer.step()
+    w = structure.weight.detach()
+    squares = w.reshape(structure.square_shape)
+    off = torch.linalg.matrix_norm(squares.mT @ squares - torch.eye(squares.shape[-1]), 2)
+    return float((w - start).abs().max()), float(off.max())
 
 
 def _row(first: Timing, second: Timing) -> dict[str, Any]:

@@ -127,8 +127,16 @@ def _orthogonal(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, row in rows.items():
         shown = [f"{v['median']:.2f} ({v['low']:.2f}-{v['high']:.2f})" for v in (row["clock"], row["processor"])]
         table.add_row(name, " / ".join(f"{x:.1f}" for x in row["milliseconds"]), *shown, row["wanted"])
-    Console(width=150 if not sys.stdout.isatty() else None).print(table)
-    return {"rows": rows}
+    console = Console(width=150 if not sys.stdout.isatty() else None)
+    console.print(table)
+    count, drifts = bench_orthogonal.DRIFT_STEPS, {}
+    for name, what in bench_orthogonal.DRIFTED.items():
+        drifts[name] = far, off = bench_orthogonal.drift(*what, count)
+        steps = f"{count:,} RMSprop steps"
+        console.print(
+            f"{name} after {steps}: entries moved by up to {far:.2f}, |W^T W - I| = {off:.1e}", highlight=False
+        )
+    return {"rows": rows, "drifts": drifts}
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -85,5 +85,5 @@ def summary(values: dict[str, float]) -> list[str]:
         inside = ", ".join(f"{part} {100 * value:.2f}" for part, value in zip(PARTS, parts, strict=True))
         lines.append(f"{name.upper()} {100 * rate:.2f} %  ({inside})")
     told = {*rates, *(f"{name}_{part}" for name in rates for part in PARTS)}
-    others = [f"{name} {value:.4f}" for name, value in values.items() if name not in told]
+    others = [f"{name} {value:.4g}" for name, value in values.items() if name not in told]
     return [*([", ".join(others)] if others else []), *lines]
