@@ -1,5 +1,6 @@
 """Copying, adding and pixels: their models have the papers' sizes, they learn, and they resume exactly."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from tests.data.test_generated import write_set
 from tests.helpers import fit, run_ranks
 from trainer import recipe
+from trainer.errors import UserError
 from trainer.run import read_ledger
 
 QUIET = ["tracking.wandb=disabled", "validation.table_rows=0"]
@@ -36,6 +38,9 @@ TASKS = ["copying/t1000", "adding/t200", "pixels/sequential"]
         ("pixels/sequential", [], 16_415),
         ("pixels/permuted", ["model.hidden_size=360"], 68_950),
         ("pixels/sequential", ["model.hidden_size=512"], 136_970),
+        ("timit_frames/timit", [], 83_121),
+        ("timit_frames/timit", ["model.hidden_size=322"], 135_208),
+        ("timit_frames/timit", ["model.hidden_size=425"], 200_304),
     ],
 )
 def test_models_have_the_papers_numbers_of_parameters(config: str, overrides: list[str], wanted: int) -> None:
@@ -108,3 +113,57 @@ def test_an_orthogonal_net_remembers(tmp_path: Path) -> None:
     )
     chance = recipe.load("copying/t1000", more).config.data.chance
     assert result["values"]["loss"] < chance / 2
+
+
+FRAMES = ["data.corpus={kind: tones, num_utterances: 60}", "data.text={alphabet: null, unknown: error}"]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated tones at 8 kHz."""
+    folder = tmp_path_factory.mktemp("sound") / "tones"
+    recipe.load("timit_frames/read_ru", [*FRAMES, f"data.path={folder}"]).prepare()
+    return folder
+
+
+def test_the_next_frame_is_predicted_and_padding_is_not_in_the_mean(sound: Path) -> None:
+    made = recipe.load("timit_frames/read_ru", [*FRAMES, f"data.path={sound}", "model.hidden_size=16"])
+    model, dataset = made.build_model().eval(), made.build_dataset("train")
+    batch = dataset.load(dataset.plan.epoch(0)[0].micro_batches[0])
+    assert len(set(batch["lengths"].tolist())) > 1
+    output = made.step(model, batch)
+    found = output.metrics["mse"]
+    errors, frames = [], []
+    for audio, n in zip(batch["audio"], batch["lengths"].tolist(), strict=True):
+        predictions, targets, counts = model(audio[None, :n], torch.tensor([n]))
+        decibels, _ = model.spectra(audio[None, :n], torch.tensor([n]))
+        assert torch.equal(targets, decibels[:, 1:])
+        assert counts.item() == targets.shape[1] == (n - 256) // 128
+        errors.append(float((predictions - targets).square().mean(-1).sum().detach()))
+        frames.append(targets.shape[1])
+    assert found.count == sum(frames)
+    assert found.sum == pytest.approx(sum(errors), rel=1e-4)
+    assert [row.length for row in output.rows] == frames
+    window = torch.hann_window(256)
+    want = 10 * torch.log10(1e-5 + torch.fft.rfft(batch["audio"][0, 128 : 128 + 256] * window).abs() ** 2)
+    torch.testing.assert_close(model.spectra(batch["audio"], batch["lengths"])[0][0, 1], want)
+    dummy = made.step(model, dataset.dummy())
+    assert dummy.metrics["mse"].count == float(dummy.losses["squared_error"].sum) == 0
+
+
+def test_spectra_are_trained_on(sound: Path, tmp_path: Path) -> None:
+    """The error falls; the mean of the spectra alone, some -30 dB, takes hundreds of steps to be reached."""
+    more = [*QUIET, *FRAMES, f"data.path={sound}", f"runs_dir={tmp_path}", "num_workers=0", "model.hidden_size=64"]
+    end = ["plan.micro_batch_seconds=20", "optimizer.lr=1e-2", "max_steps=30", "max_epochs=100"]
+    (result,) = run_ranks(1, fit, [*more, *end, "validation.every_steps=10"], "timit_frames/read_ru")
+    rows = [json.loads(line) for line in (tmp_path / "timit_frames-read_ru/metrics.jsonl").read_text().splitlines()]
+    errors = [row["mse"] for row in rows if row["kind"] == "validation"]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == result["values"]["mse"]
+    train = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert train[-1] < 0.9 * train[0]
+
+
+def test_features_other_than_sound_are_refused() -> None:
+    with pytest.raises(UserError, match=r"set data.features=\{kind: log_mel, where: model\}"):
+        recipe.load("timit_frames/read_ru", ["data.features.where=worker"])
