@@ -30,7 +30,7 @@ from trainer.models.parametrizations import (
     attach,
     penalty,
 )
-from trainer.models.rnn import RNN, RNNConfig
+from trainer.models.rnn import RNN, RNNConfig, linear
 from trainer.models.structure import (
     BandedConfig,
     BlockDiagonalConfig,
@@ -392,3 +392,17 @@ def test_starts_are_what_they_say() -> None:
 def test_choices_that_do_not_go_together_are_refused(options, wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         RNNConfig(hidden_size=12, **options)
+
+
+@pytest.mark.parametrize("sizes", [(10, 30), (30, 9), (30, 40), (1, 30), (30, 1)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_thin_products_are_linear_maps(sizes: tuple[int, int], bias: bool) -> None:
+    x, weight, b = (torch.randn(*s, dtype=torch.float64) for s in ((7, 3, sizes[0]), sizes[::-1], sizes[1:]))
+    tensors = [t.requires_grad_() for t in (x, weight, *([b] if bias else []))]
+
+    def map_(x: torch.Tensor, weight: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x, weight, b)
+
+    torch.testing.assert_close(map_(*tensors), torch.nn.functional.linear(*tensors))
+    assert torch.autograd.gradcheck(map_, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(map_, tensors, fast_mode=True)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from trainer.models.rnn import RNNConfig
+from trainer.models.rnn import RNNConfig, linear
 
 
 class Readout(nn.Module):
@@ -29,5 +29,4 @@ class Readout(nn.Module):
         if self.last:
             return self.output(y[:, -1]).float()
         # The stack's output lies in the order of time: read as (T, B, H) it needs no copy.
-        numbers: Tensor = self.output(y.transpose(0, 1)).transpose(0, 1)
-        return numbers.float()
+        return linear(y.transpose(0, 1), self.output.weight, self.output.bias).transpose(0, 1).float()

@@ -7,7 +7,7 @@ the backward direction starts at each row's own last frame.
 import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -229,20 +229,39 @@ def _kernel(
 
 
 THIN = 16
-"""Input sizes up to which `linear` takes a product a frame."""
+"""Sizes of an input or output up to which `linear` takes a product a frame."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, where x is thin as a small product for each frame: for one that is tall and thin, and more so for its
-    gradient, the CPU's matrix library takes more than twice as long (docs/results.md).
+    """x W^T + b, where x or the result is thin by way of a small product for each frame: for one that is tall and thin
+    the CPU's matrix library takes two to four times as long (docs/results.md).
 
     Shape:
         x: (T, B, D), weight: (V, D), bias: (V,) -> (T, B, V)
     """
-    if not 1 < x.shape[-1] <= THIN or x.is_cuda:
+    if not x.is_cuda:
+        if 1 < x.shape[-1] <= THIN:
+            matrices = weight.T.expand(len(x), -1, -1)
+            return torch.bmm(x, matrices) if bias is None else torch.baddbmm(bias, x, matrices)
+        if 1 < len(weight) <= THIN and bias is not None and not torch.is_autocast_enabled(x.device.type):
+            thin: Tensor = _ThinOutput.apply(x, weight, bias)
+            return thin
+    return nn.functional.linear(x, weight, bias)
+
+
+class _ThinOutput(torch.autograd.Function):
+    """A linear map to few numbers: only the gradient that goes back through it is thin, and taken frame by frame."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
         return nn.functional.linear(x, weight, bias)
-    matrices = weight.T.expand(len(x), -1, -1)
-    return torch.bmm(x, matrices) if bias is None else torch.baddbmm(bias, x, matrices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dx = torch.bmm(grad, weight.expand(len(grad), -1, -1))
+        return dx, grad.flatten(0, 1).T @ x.flatten(0, 1), grad.sum((0, 1))
 
 
 def reverse_rows(x: Tensor, lengths: Tensor | None) -> Tensor:
