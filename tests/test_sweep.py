@@ -105,7 +105,8 @@ def test_an_interrupted_sweep_goes_on_and_loses_nothing(whole: Path, tmp_path: P
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_done(tmp_path: Path) -> None:
-    path = write(tmp_path, grid={"model.parametrization.kind": ["cayley"], "init_from": [None, "nowhere"]}, seeds=[0])
+    grid = {"model.parametrization.kind": ["cayley"], "init_from": [None, "nowhere"]}
+    path = write(tmp_path, grid=grid, seeds=[0], overrides=[*TINY, "num_workers=1"])  # runs with loaders
     process = command(path)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_USER_MISTAKE, output

@@ -288,7 +288,7 @@ class Workers:
     def _start(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
         arguments = (number, str(self.folder), self._threads, os.getpid(), theirs)
-        process = self._context.Process(target=work, args=arguments, daemon=True)
+        process = self._context.Process(target=work, args=arguments)  # not a daemon: a run has loaders
         process.start()
         theirs.close()
         self._running[number] = (process, ours)
@@ -308,7 +308,7 @@ class Workers:
                         os.kill(process.pid, signal.SIGTERM)
             for number in range(self.count):
                 if waiting and number not in busy:
-                    if number not in self._running:
+                    if number not in self._running or not self._running[number][0].is_alive():
                         self._start(number)
                     busy[number] = waiting.pop()
                     self._running[number][1].send((probe, busy[number]))
@@ -318,7 +318,7 @@ class Workers:
                 point = busy.pop(number)
                 try:
                     yield point, *pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     process.join()
                     del self._running[number]
                     yield point, "failed", f"the worker ended with exit code {process.exitcode}"
