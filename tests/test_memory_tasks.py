@@ -85,7 +85,7 @@ def test_half_way_and_resumed_is_the_whole(task: str, pictures: Path, tmp_path: 
     assert [len(row["keys"]) for row in rows[0]][:3] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_ranks_share_the_batches_of_one(stage: int, pictures: Path, tmp_path: Path) -> None:
     """A group of its own for what parametrises the matrix, at both ends of ZeRO; resumed on another number of ranks."""
     arguments = {

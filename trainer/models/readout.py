@@ -5,6 +5,13 @@ from torch import Tensor, nn
 from trainer.models.rnn import RNNConfig, linear
 
 
+class Output(nn.Linear):
+    """The linear map, fast where its result is thin. A module of its own: ZeRO 3 gathers weights by module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias) if x.ndim == 3 else super().forward(x)
+
+
 class Readout(nn.Module):
     """Rows of one length to numbers.
 
@@ -22,11 +29,12 @@ class Readout(nn.Module):
         super().__init__()
         self.last = last
         self.rnn = config.build(input_size)
-        self.output = nn.Linear(config.output_size, output_size)
+        self.output = Output(config.output_size, output_size)
 
     def forward(self, x: Tensor, noise_keys: Tensor | None = None) -> Tensor:
         y, _ = self.rnn(x, None, noise_keys)
         if self.last:
             return self.output(y[:, -1]).float()
         # The stack's output lies in the order of time: read as (T, B, H) it needs no copy.
-        return linear(y.transpose(0, 1), self.output.weight, self.output.bias).transpose(0, 1).float()
+        numbers: Tensor = self.output(y.transpose(0, 1)).transpose(0, 1)
+        return numbers.float()
