@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer import checkpoint as checkpoints
 from trainer import config as configuration
-from trainer import distributed, keyed, machine
+from trainer import distributed, hosts, keyed, machine
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import MISSING, Batch, Dataset, Fault
 from trainer.data.loader import Loader
@@ -28,6 +29,7 @@ from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.evaluation import Evaluator, left_out, quarantined, refuse_too_many, to_device
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
+from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, FORWARD, board
 from trainer.recipe import Recipe, State, StepOutput
 from trainer.run import BEFORE, PLAN, READING, Ledger, RunDirectory, append, read_lines, read_quarantine
 from trainer.signals import StopSignals
@@ -93,6 +95,7 @@ class Training:
         config = self.config
         self.run = RunDirectory(config.runs_dir / config.name)
         distributed.on_first(lambda: self.run.claim(config))
+        hosts.check_alike(self.run.path)
         self._log_to_file()
         self.dataset = recipe.build_dataset("train")
         self.validation = Evaluator(recipe, "valid", ranks)
@@ -189,6 +192,7 @@ class Training:
             if int(number) % self.ranks.world_size == self.ranks.rank:
                 self.carried.setdefault(int(number), {})[part] = values.to(self.ranks.device)
         self._saved_step = self.position.step
+        board.saved(self.position.step)
         log.info("resumed from %s", found.folder)
 
     # The loop
@@ -283,6 +287,7 @@ class Training:
         before, known = where.step, where.left_out_later()
         left = None if config.max_steps is None else config.max_steps - where.step
         steps = islice(self._coming(), left)
+        board.at(DATA, where.step + 1)
         loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
         values = None
         for step, batches in loader:
@@ -301,6 +306,7 @@ class Training:
             if self._stopping:
                 self._save_or_fail()
                 self.tracker.say(f"stopped by a signal at step {where.step}, saved; the same command goes on")
+                distributed.on_first(self.run.stopped)
                 raise RequeueError
             if self._finished() or (last and where.excluded != known):
                 break
@@ -332,13 +338,16 @@ class Training:
             if micro_batch is not None:
                 self.ledger.write(where.epoch, where.step + 1, micro_batch.number, batch)
                 faults += batch["faults"]
+            board.at(FORWARD, where.step + 1, partial("samples {}".format, " ".join(batch["keys"])))
             state = self.carried.pop(micro_batch.number, None) if micro_batch is not None else None
             output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device), state)
             if micro_batch is not None and output.state is not None:
                 self.carried[micro_batch.number] = {name: t.detach() for name, t in output.state.items()}
+            board.at(BACKWARD)
             self.trained.backward(self._scaled(output, step))
             for name, loss in output.losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss.sum.detach())
+            board.at(COLLECTIVE)
             applied = self.trained.step()
         assert applied is not None
         if step.last or not applied.applied:  # a stream starts anew; a state behind a refused step is not finite
@@ -486,6 +495,7 @@ class Training:
 
     def _save(self) -> bool:
         """Write a checkpoint; whether it was written. Between two attempts all ranks wait."""
+        board.at(CHECKPOINT)
         carried = {f"{number}.{part}": t for number, s in self.carried.items() for part, t in s.items()}
         shapes = {name: list(t.shape) for name, t in carried.items()}
         state = {
@@ -507,5 +517,6 @@ class Training:
             slices = chain(self.trained.slices(), (Slice(n, CARRIED, 0, t.reshape(-1)) for n, t in carried.items()))
             if checkpoints.save(self.run.checkpoints, self.config.checkpoint, self.position.step, slices, state):
                 self._saved_step = self.position.step
+                board.saved(self.position.step)
                 return True
         return False

@@ -23,6 +23,7 @@ from trainer.distributed import ZeroConfig
 from trainer.errors import UserError
 from trainer.metrics import Loss, Mean
 from trainer.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleConfig
+from trainer.restart import LaunchConfig
 from trainer.tracking import TrackingConfig
 
 Split = Literal["train", "valid", "test"]
@@ -109,6 +110,7 @@ class RunConfig(Config):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: Free[CheckpointConfig] = CheckpointConfig()
     tracking: Free[TrackingConfig] = TrackingConfig()
+    launch: Free[LaunchConfig] = LaunchConfig()
 
 
 C = TypeVar("C", bound=RunConfig)
