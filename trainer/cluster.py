@@ -20,7 +20,7 @@ from trainer import hosts
 from trainer.agent import BEAT_SECONDS, MARK, SILENCE_SECONDS, environment_to_pass
 from trainer.errors import EXIT_OUR_FAULT, EXIT_REQUEUE, EXIT_USER_MISTAKE, UserError
 from trainer.hosts import Host
-from trainer.launch import Outcome
+from trainer.launch import SHOWN, Outcome
 from trainer.signals import SAME_SECONDS
 
 CONNECT_SECONDS = 10
@@ -105,13 +105,15 @@ class Link:
 
     def turn(self) -> None:
         """Send a beat if it is time, and read what came; what is not for us goes where the user reads."""
+        if not self._open:
+            return
         now = time.monotonic()
         if now - self._beaten > BEAT_SECONDS:
             self._beaten = now
             if not self._unsent:
                 self.send({"beat": True})
         self._flush()
-        while ready := select.select(list(self._open), [], [], 0)[0]:
+        while self._open and (ready := select.select(list(self._open), [], [], 0)[0]):
             for stream in ready:
                 content = os.read(stream, 2**16)
                 if not content:
@@ -164,6 +166,7 @@ class Link:
             self._process.wait(patience)
         self._process.kill()
         self._process.wait()
+        self._open.clear()
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:
                 stream.close()
@@ -323,14 +326,18 @@ class Cluster:
         messages = tuple(dict.fromkeys(m for o in self._outcomes.values() for m in o.messages))
         if self._lost:
             step = max((o.step for o in self._outcomes.values()), default=0)
-            text = "; ".join(self._lost.values())
+            text = self._others(list(self._lost.values()), None)
             return Outcome(EXIT_OUR_FAULT, step, saved, "", text, messages)
         failed = [o for o in self._outcomes.values() if o.code]
         if not failed:
             return replace(self._outcomes[0], saved=saved, messages=messages)
         # A reason of its own says more than a connection that broke; a signal from outside is the cause of both.
         first = min(failed, key=lambda o: (o.code < 128, not o.error))
-        return replace(first, saved=saved, messages=messages)
+        return replace(first, saved=saved, messages=messages, text=self._others([first.text], first))
+
+    def _others(self, texts: list[str], first: Outcome | None) -> str:
+        """A text for the user, and what the other hosts had to say."""
+        return "; ".join([*texts, *(o.text for o in self._outcomes.values() if o is not first and o.text)][: 2 * SHOWN])
 
     def signal(self, number: int) -> None:
         now = time.monotonic()

@@ -183,16 +183,20 @@ def network(own: str, names: Sequence[str]) -> Network:
         UserError: a name is unknown here, or there is no route.
     """
     others = [name for name in names if name != own] or [own]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((others[0], PORT))  # a datagram socket: nothing is sent
-        except OSError as error:
-            raise UserError(f"{own} cannot reach {others[0]}: {error.strerror or error}") from error
-        address = probe.getsockname()[0]
-    for _, interface in socket.if_nameindex():
-        if address == _address(interface):
-            return Network(interface, address)
-    raise UserError(f"{own} reaches {others[0]} from {address}, which is no address of its interfaces")
+    problems = []
+    for other in others:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((other, PORT))  # a datagram socket: nothing is sent
+            except OSError as error:
+                problems.append(f"cannot reach {other}: {error.strerror or error}")
+                continue
+            address = probe.getsockname()[0]
+        for name, own_address in interfaces().items():
+            if address == own_address:
+                return Network(name, address)
+        problems.append(f"reaches {other} from {address}, which is no address of its interfaces")
+    raise UserError("; ".join(problems[:3]))
 
 
 def _address(interface: str) -> str | None:

@@ -19,17 +19,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from trainer.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_MISTAKE
+from trainer.errors import EXIT_DONE, EXIT_OUR_FAULT, EXIT_REQUEUE, EXIT_USER_MISTAKE
 from trainer.place import NOTES, Place, board, latest_of, published
 from trainer.signals import SAME_SECONDS, STOP_SIGNALS, die_with_parent
 
 GRACE_SECONDS = 30.0
 """Time that the others have to end after one rank has saved and ended."""
-AFTER_FAILURE_SECONDS = 5.0
+AFTER_FAILURE_SECONDS = 3.0
 """Time that the others have to end after one rank failed."""
 POLL_SECONDS = 0.05
+SHOWN = 4
+"""Ranks that a message names."""
 STORE = "OSTINATO_STORE"
 PARENT = "OSTINATO_PARENT"
 OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -146,24 +148,27 @@ class HostJob:
         number, code = min(codes.items(), key=lambda item: (item[1] > 0, item[0]))
         places = published(self._folder)
         place = places.get(number, Place())
+        step, where = place.step, str(place)
         self._code = code if code > 0 else 128 - code
         error, how = f"exit code {code}", f"ended with exit code {code}"
         if code < 0:
             name = signal.Signals(-code).name
             error, how = "" if -code in OUTSIDE else name, f"was ended by {name}"
         elif (failure := self._first_failure()) is not None:
-            number, error, how = failure
-            place = places.get(number, Place())
-        late = [r for r in latest_of({r: p for r, p in places.items() if r not in codes}) if r != number]
-        others = "".join(f"; rank {r} was in {places[r]}" for r in late[:4]) if places else ""
-        text = f"rank {number} {how} in {place}{others}"
-        saved = max((p.saved for p in places.values()), default=-1)
+            number, error, how = failure["rank"], failure["error"], f"failed ({failure['text']})"
+            step, where = failure["step"], failure["place"]
+        text = f"rank {number} {how} in {where}" + self._places({number, *codes})
         if self._code in (EXIT_REQUEUE, EXIT_USER_MISTAKE):
             text, error = "", ""
-        self._failure = Outcome(self._code, place.step, saved, error, text)
+        self._failure = Outcome(self._code, step, error=error, text=text)
 
-    def _first_failure(self) -> tuple[int, str, str] | None:
-        """(rank, comparable text or "", text) of the first that left word of what ended it."""
+    def _places(self, without: set[int]) -> str:
+        """Where the ranks are that all wait for, of those that have not failed."""
+        places = {rank: place for rank, place in published(self._folder).items() if rank not in without}
+        return "".join(f"; rank {rank} was in {places[rank]}" for rank in latest_of(places)[:SHOWN])
+
+    def _first_failure(self) -> dict[str, Any] | None:
+        """Note of the first that left word of what ended it."""
         found = []
         for path in self._folder.glob("failure-*"):
             try:
@@ -172,8 +177,7 @@ class HostJob:
                 continue
         if not found:
             return None
-        first = min(found, key=lambda note: (not note["error"], note["time"]))  # broken connections say nothing
-        return first["rank"], first["error"], f"failed ({first['text']})"
+        return min(found, key=lambda note: (not note["error"], note["time"]))  # broken connections say nothing
 
     def _told(self, outcome: Outcome) -> Outcome:
         if not self._folder.is_dir():
@@ -194,6 +198,9 @@ class HostJob:
 
     def fail(self) -> None:
         """End the ranks: something failed, here or elsewhere."""
+        if not self._code:
+            self._code = EXIT_OUR_FAULT
+            self._failure = Outcome(EXIT_OUR_FAULT, text=self._places(set()).removeprefix("; "))
         if self._deadline is None or self._code in (EXIT_REQUEUE, EXIT_USER_MISTAKE):
             self._deadline = time.monotonic() + AFTER_FAILURE_SECONDS
             for rank in self._ranks:
@@ -305,7 +312,9 @@ def tell_failure(error: str, text: str) -> None:
         return
     rank = int(os.environ.get("RANK", "0"))
     comparable = re.sub(r"0x[0-9a-f]+|\d+", "#", error)
-    note = {"rank": rank, "error": comparable, "text": text, "time": time.time(), "step": board.place.step}
+    place = board.place
+    note = {"rank": rank, "error": comparable, "text": text, "time": time.time()}
+    note |= {"step": place.step, "place": str(place)}
     path = folder / f"failure-{rank:05d}"
     path.write_text(json.dumps(note), encoding="utf-8")
 

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pydantic import ConfigDict, Field
 
@@ -21,7 +20,7 @@ FINAL = (EXIT_DONE, EXIT_USER_MISTAKE, EXIT_CHECK_FOUND_SOMETHING, EXIT_REQUEUE)
 class LaunchConfig(Config):
     """What becomes of a run when something fails."""
 
-    deadline_seconds: float = Field(600.0, ge=5)
+    deadline_seconds: float = Field(600.0, ge=20)
     """From the moment at which a rank, a host or the network stops until every process has ended. More than the longest
     piece of work takes: opening the data, one micro-batch, writing a checkpoint."""
     max_restarts: int = Field(3, ge=0)
@@ -63,6 +62,7 @@ def supervise(start: Callable[[bool], Job], max_restarts: int) -> int:
         the exit code of the last attempt.
     """
     before: Outcome | None = None
+    own: Outcome | None = None  # the last one that failed for a reason of its own
     number = 0
     with catching_signals() as came:
         while True:
@@ -75,7 +75,7 @@ def supervise(start: Callable[[bool], Job], max_restarts: int) -> int:
                 return outcome.code
             if before is not None and outcome.saved > before.saved:
                 number = 0
-            if before is not None and outcome.error and _what(outcome) == _what(before):
+            if own is not None and (outcome.step, outcome.error) == (own.step, own.error):
                 say(
                     f"the same error twice at step {outcome.step} ({outcome.error}): a new start would meet it again; "
                     "mend the cause, the same command goes on from the last checkpoint"
@@ -86,17 +86,13 @@ def supervise(start: Callable[[bool], Job], max_restarts: int) -> int:
                     say(f"gave up after {number} new starts without a new checkpoint (launch.max_restarts)")
                 return outcome.code
             pause = PAUSES_SECONDS[min(number, len(PAUSES_SECONDS) - 1)]
-            number, before = number + 1, outcome
+            number, before, own = number + 1, outcome, outcome if outcome.error else own
             say(f"starts again in {pause:g} s from the newest checkpoint ({number} of {max_restarts})")
             until = time.monotonic() + pause
             while time.monotonic() < until and not came:
                 time.sleep(POLL_SECONDS)
             if came:
                 return EXIT_REQUEUE
-
-
-def _what(outcome: Outcome) -> tuple[Any, ...]:
-    return outcome.step, outcome.error
 
 
 def _attempt(start: Callable[[bool], Job], first: bool, came: list[int]) -> Outcome:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from trainer.errors import EXIT_OUR_FAULT
 from trainer.place import WAITING, board
 
-LATE = 0.75
+LATE = 0.7
 """Share of the deadline after which a rank that is at work is late."""
-LATE_WAITING = 0.85
+LATE_WAITING = 0.8
 """... one that waits for others: then those have had their say. Collectives time out at the same time."""
 STDERR = 2
 STACKS = signal.SIGUSR2

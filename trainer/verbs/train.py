@@ -104,7 +104,8 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
                 launch.tell_failure("", _named(error))
                 logging.getLogger(__name__).error("rank %d lost another rank: %s", ranks.rank, _named(error))
                 return EXIT_OUR_FAULT
-            launch.tell_failure(_named(error), _named(error))
+            killed = "is killed by signal: Killed" in str(error)  # a loader worker
+            launch.tell_failure("" if killed else _named(error), _named(error))
             raise
         finally:
             board.at(END)

@@ -1,0 +1,45 @@
+"""Faults put into a run from outside: a folder for PYTHONPATH whose `sitecustomize` changes what a process does."""
+
+from pathlib import Path
+
+RAISE = """
+from trainer.place import Board
+at = Board.at
+def fail(self, phase, step=None, *more):
+    at(self, phase, step, *more)
+    if phase == "forward" and self.place.step == 6 and os.environ.get("RANK") == "1":
+        raise ValueError(f"a fault of the model, number {time.time()}")
+Board.at = fail
+"""
+"""Rank 1 fails in the forward pass of step 6, whenever it comes there."""
+
+HANG = """
+from trainer import place
+reading = place.reading
+def hang(shard, key):
+    reading(shard, key)
+    if os.environ.get("RANK") == "1" and board_step() >= 5 and once():
+        time.sleep(1000)
+def board_step():
+    return place.board.place.step
+place.reading = hang
+"""
+"""Rank 1 reads a sample for ever after some steps, the first time."""
+
+HEAD = """
+import os, pathlib, time
+FOLDER = pathlib.Path(__file__).parent
+def once():
+    try:
+        (FOLDER / "happened").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+"""
+
+
+def put(folder: Path, fault: str) -> str:
+    """Make the folder; what PYTHONPATH must begin with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(HEAD + fault)
+    return str(folder)
