@@ -5,8 +5,8 @@ from pathlib import Path
 RAISE = """
 from trainer.place import Board
 at = Board.at
-def fail(self, phase, step=None, *more):
-    at(self, phase, step, *more)
+def fail(self, phase, step=None, *more, **named):
+    at(self, phase, step, *more, **named)
     if phase == "forward" and self.place.step == 6 and os.environ.get("RANK") == "1":
         raise ValueError(f"a fault of the model, number {time.time()}")
 Board.at = fail
@@ -16,15 +16,16 @@ Board.at = fail
 HANG = """
 from trainer import place
 reading = place.reading
+number = 0
 def hang(shard, key):
+    global number
+    number += 1
     reading(shard, key)
-    if os.environ.get("RANK") == "1" and board_step() >= 5 and once():
+    if os.environ.get("RANK") == "1" and number > 40 and once():
         time.sleep(1000)
-def board_step():
-    return place.board.place.step
 place.reading = hang
 """
-"""Rank 1 reads a sample for ever after some steps, the first time."""
+"""A loader of rank 1 reads its 41st sample for ever, the first time."""
 
 HEAD = """
 import os, pathlib, time

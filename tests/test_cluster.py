@@ -1,4 +1,4 @@
-"""A job on several hosts, all of them this one: `ssh` is a script that runs the command here; two hosts: tests/chaos."""
+"""A job on several hosts, all of them this one: `ssh` is a script that runs the command here."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Faults on one host: started again from the last checkpoint, refused where that is vain, named where something hangs."""
+"""Faults on one host: started again from the last checkpoint, not in vain, and named where something hangs."""
 
 import os
 import re
@@ -121,15 +121,13 @@ def test_what_hangs_is_named_and_ended(start: Callable[..., Started]) -> None:
     """A loader worker reads for ever: the sample, its shard and the line it hangs in are told, and the run goes on."""
     run = start("nproc=2", "num_workers=1", "launch.deadline_seconds=20", fault=faults.HANG)
     hung = Path(run.mark) / "happened"
-    wait_for(hung.exists)
+    wait_for(lambda: hung.exists() or run.process.poll() is not None)
     victim = run.rank(1)
     wait_for(lambda: not Path(f"/proc/{victim}").exists())
     assert time.time() - hung.stat().st_mtime < 20
     code, output = run.ended()
     assert code == 0, output
-    late = re.search(
-        r"rank 1 is late: in data of step \d+ for [\d.]+ s; .*deadline_seconds = 20; loader 0 reads (.*)", output
-    )
+    late = re.search(r"rank 1 is late: in data of step \d+ for [\d.]+ s; .* = 20; loader 0 reads (.*)", output)
     assert late, output
     assert re.fullmatch(r"sample \S+ of shard train/\S+\.tar", late[1])
     assert "rank 0 is late" not in output
@@ -154,7 +152,7 @@ def test_a_second_signal_ends_ranks_that_hear_nothing(start: Callable[..., Start
 
 def test_under_torchrun(start: Callable[..., Started]) -> None:
     """It flattens exit codes, so a file says what happened; when it is killed, the ranks end too."""
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     run = start("max_steps=10000", launcher=launcher)
     run.reach(3)
     run.process.send_signal(signal.SIGTERM)

@@ -128,7 +128,8 @@ class HostJob:
 
     def poll(self) -> Outcome | None:
         running = [rank for rank in self._ranks if rank.poll() is None]
-        if not self._code and any(rank.returncode for rank in self._ranks):
+        noted = next(self._folder.glob("failure-*"), None) is not None  # it may take seconds to end
+        if not self._code and (noted or any(rank.returncode for rank in self._ranks)):
             self._note_failure()
             if self._code in (EXIT_REQUEUE, EXIT_USER_MISTAKE):  # these two are mostly everybody's
                 self._deadline = time.monotonic() + GRACE_SECONDS
@@ -145,7 +146,7 @@ class HostJob:
         """What the first failure was; the others are looked at before they are ended."""
         codes = {self._first + i: rank.returncode for i, rank in enumerate(self._ranks) if rank.returncode}
         # A rank that a signal ended is the cause, and the connections that broke thereby are not.
-        number, code = min(codes.items(), key=lambda item: (item[1] > 0, item[0]))
+        number, code = min(codes.items(), key=lambda item: (item[1] > 0, item[0]), default=(0, EXIT_OUR_FAULT))
         places = published(self._folder)
         place = places.get(number, Place())
         step, where = place.step, str(place)
@@ -315,8 +316,9 @@ def tell_failure(error: str, text: str) -> None:
     place = board.place
     note = {"rank": rank, "error": comparable, "text": text, "time": time.time()}
     note |= {"step": place.step, "place": str(place)}
-    path = folder / f"failure-{rank:05d}"
-    path.write_text(json.dumps(note), encoding="utf-8")
+    temporary = folder / f"note-{rank:05d}"
+    temporary.write_text(json.dumps(note), encoding="utf-8")
+    temporary.replace(folder / f"failure-{rank:05d}")  # the spawner acts upon it
 
 
 def follow_parent() -> None:

@@ -46,13 +46,21 @@ def hosts(environment: Mapping[str, str], nproc: int | None) -> list[Host]:
 
 def srun(host: str, command: str) -> list[str]:
     """One agent on one node, which may have all of it."""
-    options = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--cpu-bind=none", "--unbuffered"]
+    options = [
+        "--overlap",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--nodelist={host}",
+        "--cpu-bind=none",
+        "--unbuffered",
+        "--quiet",
+    ]
     return ["srun", *options, "sh", "-c", command]
 
 
 def requeue(environment: Mapping[str, str]) -> None:
     """Have a batch job that has saved started again; one of `salloc` is left to its user."""
-    if "SLURM_JOB_PARTITION" not in environment or environment.get("SLURM_SUBMIT_DIR") is None:
+    if "SLURMD_NODENAME" not in environment:  # the shell of salloc
         return
     done = subprocess.run(["scontrol", "requeue", environment["SLURM_JOB_ID"]], capture_output=True, text=True)
     said = f"is requeued as job {environment['SLURM_JOB_ID']}" if not done.returncode else done.stderr.strip()

@@ -11,7 +11,9 @@ command goes on. docs/launch.md says more.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -100,6 +102,7 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
         except (RequeueError, UserError):
             raise
         except Exception as error:
+            _leave_children_alone()
             if distributed.is_lost_peer(error):  # the traceback that matters is elsewhere
                 launch.tell_failure("", _named(error))
                 logging.getLogger(__name__).error("rank %d lost another rank: %s", ranks.rank, _named(error))
@@ -111,6 +114,13 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
             board.at(END)
             distributed.stop()
     return 0
+
+
+def _leave_children_alone() -> None:
+    """After a loader worker was killed, torch raises at every child that ends: not while we clear up."""
+    for _ in range(2):  # one may have ended already
+        with contextlib.suppress(RuntimeError):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _named(error: Exception) -> str:
