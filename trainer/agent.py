@@ -10,6 +10,7 @@ import json
 import os
 import select
 import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -41,8 +42,6 @@ class Agent:
     def __init__(self) -> None:
         self._pending = b""
         self._job: HostJob | None = None
-        self._listening: socket.socket | None = None
-        self._name = socket.gethostname()
 
     def run(self) -> int:
         """Serve until the connection ends.
@@ -57,10 +56,10 @@ class Agent:
                 while True:
                     commands = self._commands()
                     now = time.monotonic()
-                    if commands is None or now - heard > SILENCE_SECONDS:
-                        return EXIT_OUR_FAULT
                     if commands:
                         heard = now
+                    if commands is None or now - heard > SILENCE_SECONDS:
+                        return EXIT_OUR_FAULT
                     for command in commands:
                         if "end" in command:
                             return EXIT_DONE
@@ -68,7 +67,6 @@ class Agent:
                     if now - beaten > BEAT_SECONDS:
                         beaten = now
                         self._say({"beat": True}, patient=False)
-                    self._ping_back()
                     if self._job is not None:
                         for number in came[passed:]:  # Slurm tells each process of a step
                             self._job.signal(number)
@@ -101,7 +99,6 @@ class Agent:
     def _answer(self, command: dict[str, Any]) -> None:
         match command:
             case {"hello": {"name": name, "names": names}}:
-                self._name = name
                 self._say({"hello": self._introduction(name, names)})
             case {"start": job}:
                 self._job = HostJob(**job)
@@ -109,11 +106,13 @@ class Agent:
                 self._job.signal(number)
             case {"fail": _} if self._job is not None:
                 self._job.fail()
-            case {"check": _}:
+            case {"check": environment}:
+                os.environ.update(environment)
                 self._say({"checked": check()})
             case {"listen": address}:
-                self._listening = socket.create_server((address, 0))
-                self._say({"listening": self._listening.getsockname()[1]})
+                listening = socket.create_server((address, 0))
+                threading.Thread(target=give_back, args=(listening,), daemon=True).start()
+                self._say({"listening": listening.getsockname()[1]})
             case {"ping": {"host": host, "address": address, "port": port}}:
                 self._say({"pinged": {"host": host, **ping(address, port)}})
 
@@ -127,11 +126,11 @@ class Agent:
             told["problem"] = str(error)
         return told
 
-    def _ping_back(self) -> None:
-        """Give back what another host sends, once for each connection."""
-        if self._listening is None or not select.select([self._listening], [], [], 0)[0]:
-            return
-        connection, _ = self._listening.accept()
+
+def give_back(listening: socket.socket) -> None:
+    """Return to other hosts what they send."""
+    while True:
+        connection, _ = listening.accept()
         with connection, suppress(OSError):
             connection.settimeout(PING_SECONDS)
             while content := connection.recv(2**16):
