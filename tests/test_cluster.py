@@ -209,6 +209,41 @@ def test_no_secret_is_on_a_command_line(run: Launched, environment: dict[str, st
     assert "very-secret" not in asked
 
 
+FEW = """
+from trainer import doctor
+def shared_memory():
+    return "there is some"
+doctor.CHECKS = [doctor.Check("disk", doctor.disk), doctor.Check("shared memory", shared_memory)]
+"""
+"""The checks of a host that are done in a moment."""
+
+
+def test_the_doctor_visits_every_host_and_pair(environment: dict[str, str], tmp_path: Path) -> None:
+    environment["PYTHONPATH"] = f"{faults.put(tmp_path / 'few', FEW)}:{PROJECT}"
+    file = tmp_path / "hosts"
+
+    def visit(*addresses: str) -> tuple[int, str]:
+        file.write_text("".join(f"{a}\n" for a in addresses))
+        command = [sys.executable, "-m", "trainer", "doctor", "--hosts", str(file)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        return done.returncode, done.stdout + done.stderr
+
+    code, output = visit("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    assert code == 0, output
+    assert "host 127.0.0.2: lo 127.0.0.1 reaches the others" in output
+    assert "clock +0.0 s" in output or "clock -0.0 s" in output
+    assert "ok       all hosts: Python " in output
+    assert "ok       all hosts: shared memory: there is some" in output
+    for address in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
+        assert f"{address} -> 2 other host(s): " in output
+
+    code, output = visit("127.0.0.1", "127.0.0.2", "127.0.0.8")
+    assert code == 3, output
+    assert "PROBLEM  host 127.0.0.8: no agent answers (ssh: connect to host 127.0.0.8 port 22: No route" in output
+    assert "127.0.0.1 -> 1 other host(s)" in output
+    assert output.splitlines()[-1] == "1 problem(s)"
+
+
 def test_hosts_are_compared() -> None:
     same = {"torch": "2", "code": "a"}
     hosts.compare([("a", same), ("b", dict(same))])

@@ -229,7 +229,7 @@ class Cluster:
                 self._introduced[number] = told
             elif link.closed:
                 code, said = link.why_closed()
-                if code != UNREACHABLE:  # it was reached, and something there is wrong
+                if code != UNREACHABLE and not self._again:  # it was reached, and something there is wrong
                     raise UserError(
                         f"host {link.host.name}: the agent cannot be started in {os.getcwd()} with {sys.executable} "
                         f"(exit code {code}: {said}); all hosts need the same folder and environment at that place"
@@ -307,7 +307,8 @@ class Cluster:
                 how = "closed the connection" if link.closed else f"was not heard for {SILENCE_SECONDS:g} s"
                 self._lost[number] = f"host {link.host.name} {how}"
                 # What is left there has not heard of us for so long, too, before it ends.
-                self._wait_until = time.monotonic() + SILENCE_SECONDS * (not link.closed)
+                if not link.closed and self._signalled is None:
+                    self._wait_until = time.monotonic() + SILENCE_SECONDS
                 link.close()
             else:
                 continue

@@ -29,7 +29,7 @@ from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.evaluation import Evaluator, left_out, quarantined, refuse_too_many, to_device
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
-from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, FORWARD, board
+from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, board
 from trainer.recipe import Recipe, State, StepOutput
 from trainer.run import BEFORE, PLAN, READING, Ledger, RunDirectory, append, read_lines, read_quarantine
 from trainer.signals import StopSignals
@@ -225,6 +225,7 @@ class Training:
             exit_code = 75
             raise
         finally:
+            board.at(END)
             self.close(exit_code)
         return values
 

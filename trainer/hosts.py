@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import importlib.util
 import os
 import platform
 import re
@@ -96,14 +95,7 @@ def facts() -> dict[str, str]:
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-    spec = importlib.util.find_spec("trainer")
-    assert spec is not None
-    return {
-        **found,
-        "project": str(PROJECT),
-        "code": code_version(),
-        "working directory": os.getcwd(),
-    }
+    return {**found, "project": str(PROJECT), "code": code_version(), "working directory": os.getcwd()}
 
 
 def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:

@@ -34,6 +34,8 @@ SHOWN = 4
 """Ranks that a message names."""
 STORE = "OSTINATO_STORE"
 PARENT = "OSTINATO_PARENT"
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Without one of these there is no GPU, and torch, which takes seconds to import, need not be asked."""
 OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Signals that come from elsewhere; by any other a process ends for a reason of its own."""
 
@@ -78,6 +80,8 @@ class Job(Protocol):
 
 def default_processes() -> int:
     """One process a GPU, or one in all."""
+    if not any(Path(path).exists() for path in GPU_DEVICES):
+        return 1
     import torch
 
     return max(1, torch.cuda.device_count())

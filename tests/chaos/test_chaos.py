@@ -112,9 +112,8 @@ def test_deepspeeds_launcher_over_pdsh_starts_the_ranks(
         def command(self, arguments: list[str], folder: Path) -> list[str]:
             file = str(hosts.folder / "hostfile")
             options = ["--hostfile", file, "--launcher", "pdsh", "--master_addr", "10.77.0.1", "--no_local_rank"]
-            quoted = [f"'{text}'" if " " in text else text for text in arguments]
             front = str(Path(sys.executable).with_name("deepspeed"))
-            inside = ["env", f"DS_ENV_FILE={here}/.deepspeed_env", front, *options, "--module", "trainer", *quoted]
+            inside = ["env", f"DS_ENV_FILE={here}/.deepspeed_env", front, *options, "--module", "trainer", *arguments]
             return self.on("nodea", *inside)
 
     run = start(ByDeepSpeed(), "by-deepspeed")

@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
 def front(arguments: argparse.Namespace, nproc: int | None, overrides: list[str], signals: StopSignals) -> int:
     """Start the ranks, here or on every host, as often as it takes."""
     from trainer import cluster, hosts, launch, restart, slurm
-    from trainer.errors import EXIT_REQUEUE, RequeueError
+    from trainer.errors import EXIT_REQUEUE, RequeueError, UserError
 
     settings = restart.read(arguments.config, overrides)
     command = ["train", arguments.config, *overrides]
@@ -56,6 +56,8 @@ def front(arguments: argparse.Namespace, nproc: int | None, overrides: list[str]
         return cluster.Cluster(command, named, connect, settings.min_hosts, restart.say, again=not first)
 
     named = hosts.read_hosts(arguments.hosts) if arguments.hosts else None
+    if named is not None and nproc is not None:
+        raise UserError(f"nproc={nproc}: {arguments.hosts} says how many on each host; leave it out")
     connect = cluster.ssh
     processes = 0
     if named is not None and arguments.node is not None:
