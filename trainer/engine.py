@@ -29,7 +29,7 @@ from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.evaluation import Evaluator, left_out, quarantined, refuse_too_many, to_device
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
-from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, board
+from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, START, board
 from trainer.recipe import Recipe, State, StepOutput
 from trainer.run import BEFORE, PLAN, READING, Ledger, RunDirectory, append, read_lines, read_quarantine
 from trainer.signals import StopSignals
@@ -102,6 +102,7 @@ class Training:
         self.data = {"train": self.dataset.identity, "valid": self.validation.dataset.identity}
         self._compare_data()
         self.rounds = math.ceil(self.dataset.plan.micro_batches_per_step / ranks.world_size)
+        board.at(START)  # a piece of work each
         model = recipe.build_model()
         initialise(model, config.seed)
         found: Checkpoint | None = distributed.on_first(lambda: checkpoints.newest(self.run.checkpoints))
@@ -109,6 +110,7 @@ class Training:
             self._take_weights(model)
         model.to(ranks.device)
         self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
+        board.at(START)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
         self.carried: dict[int, State] = {}  # by number of the micro-batch, those of this rank
         self.known: list[Fault] = distributed.on_first(lambda: read_quarantine(config.quarantine, "train"))
@@ -120,6 +122,7 @@ class Training:
             self.position.total_steps = config.max_steps or self._steps_of_an_epoch() * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
         distributed.on_first(self._record_what_is_left_out)
+        board.at(START)
         self.machine = machine.describe()
         self.signals = signals or StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)

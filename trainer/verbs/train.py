@@ -84,7 +84,7 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
     from kernels import keep_pages
     from trainer import distributed, launch
     from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
-    from trainer.place import END, board
+    from trainer.place import END, START, board
     from trainer.recipe import load
     from trainer.watchdog import LATE_WAITING, Watchdog
 
@@ -95,8 +95,10 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
         board.publish(notes, int(os.environ["RANK"]))
     recipe = load(config, overrides)
     deadline = recipe.config.launch.deadline_seconds
+    board.at(START)  # everything is imported
     with Watchdog(int(os.environ.get("RANK", "0")), deadline, lambda error: launch.tell_failure(error, error)):
         ranks = distributed.start(timeout_seconds=LATE_WAITING * deadline)
+        board.at(START)
         try:
             from trainer.engine import Training
 
