@@ -13,6 +13,9 @@ Board.at = fail
 """
 """Rank 1 fails in the forward pass of step 6, whenever it comes there."""
 
+MISTAKE = "from trainer.errors import UserError" + RAISE.replace("ValueError", "UserError")
+"""Rank 1 alone finds a mistake of the user there."""
+
 HANG = """
 from trainer import place
 reading = place.reading

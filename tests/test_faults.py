@@ -117,6 +117,16 @@ def test_an_error_that_comes_again_is_not_tried_for_ever(start: Callable[..., St
     assert output.count("starts again") == 1
 
 
+def test_a_mistake_that_one_rank_finds_ends_all(start: Callable[..., Started]) -> None:
+    """Its exit code and message are those of the run, although the other rank fails too."""
+    run = start("nproc=2", fault=faults.MISTAKE)
+    code, output = run.ended()
+    assert code == 2, output
+    assert "a fault of the model, number" in output
+    assert "starts again" not in output
+    assert "Traceback" not in output
+
+
 def test_what_hangs_is_named_and_ended(start: Callable[..., Started]) -> None:
     """A loader worker reads for ever: the sample, its shard and the line it hangs in are told, and the run goes on."""
     run = start("nproc=2", "num_workers=1", "launch.deadline_seconds=20", fault=faults.HANG)

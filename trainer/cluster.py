@@ -10,6 +10,7 @@ import select
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -89,29 +90,31 @@ class Link:
         self._said = b""  # the end of what was said on stderr
         self._open = {self._stdout, self._stderr}
         self.answers: list[dict[str, Any]] = []
-        self.heard = self._beaten = time.monotonic()
+        self.heard = time.monotonic()
         self.closed = False
+        self._sending, self._over = threading.Lock(), threading.Event()
+        # Beats go out also while this process cannot write to a terminal that somebody has paused.
+        threading.Thread(target=self._beat, daemon=True).start()
         self.send({"hello": {"name": host.name, "names": list(names)}})
 
     def send(self, command: dict[str, Any]) -> None:
         """Give a command; what does not fit into the connection now is sent later."""
-        self._unsent += json.dumps(command).encode() + b"\n"
-        self._flush()
+        self._flush(json.dumps(command).encode() + b"\n")
 
-    def _flush(self) -> None:
-        with suppress(OSError):  # it is full, or closed, which shows on the other streams
-            while self._unsent:
+    def _flush(self, more: bytes = b"") -> None:
+        with self._sending, suppress(OSError):  # it is full, or closed, which shows on the other streams
+            self._unsent += more
+            while self._unsent and not self._over.is_set():
                 self._unsent = self._unsent[os.write(self._stdin, self._unsent) :]
 
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            self._flush(b"" if self._unsent else b'{"beat": true}\n')
+
     def turn(self) -> None:
-        """Send a beat if it is time, and read what came; what is not for us goes where the user reads."""
+        """Read what came; what is not for us goes where the user reads."""
         if not self._open:
             return
-        now = time.monotonic()
-        if now - self._beaten > BEAT_SECONDS:
-            self._beaten = now
-            if not self._unsent:
-                self.send({"beat": True})
         self._flush()
         while self._open and (ready := select.select(list(self._open), [], [], 0)[0]):
             for stream in ready:
@@ -159,7 +162,8 @@ class Link:
     def close(self, patience: float = 0.0) -> None:
         """Close the connection, upon which the agent ends what is left there."""
         self.send({"end": True})
-        with suppress(OSError):
+        self._over.set()
+        with self._sending, suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
@@ -333,7 +337,7 @@ class Cluster:
         if not failed:
             return replace(self._outcomes[0], saved=saved, messages=messages)
         # A reason of its own says more than a connection that broke; a signal from outside is the cause of both.
-        first = min(failed, key=lambda o: (o.code < 128, not o.error))
+        first = min(failed, key=lambda o: (o.code != EXIT_USER_MISTAKE, o.code < 128, not o.error))
         return replace(first, saved=saved, messages=messages, text=self._others([first.text], first))
 
     def _others(self, texts: list[str], first: Outcome | None) -> str:

@@ -29,6 +29,8 @@ GRACE_SECONDS = 30.0
 """Time that the others have to end after one rank has saved and ended."""
 AFTER_FAILURE_SECONDS = 3.0
 """Time that the others have to end after one rank failed."""
+CAUSE_SECONDS = 1.0
+"""Time in which the cause must show after a rank has lost another one."""
 POLL_SECONDS = 0.05
 SHOWN = 4
 """Ranks that a message names."""
@@ -120,6 +122,7 @@ class HostJob:
         self._code = 0
         self._deadline: float | None = None
         self._signalled: float | None = None
+        self._doubt: float | None = None
         self._failure = Outcome(EXIT_DONE)
         # A rank inherits this and takes signals from where it enters `StopSignals`: one that comes before waits.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -132,8 +135,7 @@ class HostJob:
 
     def poll(self) -> Outcome | None:
         running = [rank for rank in self._ranks if rank.poll() is None]
-        noted = next(self._folder.glob("failure-*"), None) is not None  # it may take seconds to end
-        if not self._code and (noted or any(rank.returncode for rank in self._ranks)):
+        if not self._code and self._has_failed():
             self._note_failure()
             if self._code in (EXIT_REQUEUE, EXIT_USER_MISTAKE):  # these two are mostly everybody's
                 self._deadline = time.monotonic() + GRACE_SECONDS
@@ -146,11 +148,26 @@ class HostJob:
             return None
         return self._told(self._failure)
 
+    def _has_failed(self) -> bool:
+        """Whether a rank has failed; one that only lost another one waits a moment for the cause to be known."""
+        if any(note["error"] for note in self._notes()):
+            return True  # to end may take it seconds
+        lost = {note["rank"] for note in self._notes()}
+        failed = {self._first + i for i, rank in enumerate(self._ranks) if rank.returncode}
+        if failed and failed <= lost:
+            self._doubt = self._doubt or time.monotonic()
+            return time.monotonic() - self._doubt > CAUSE_SECONDS
+        return bool(failed)
+
     def _note_failure(self) -> None:
         """What the first failure was; the others are looked at before they are ended."""
         codes = {self._first + i: rank.returncode for i, rank in enumerate(self._ranks) if rank.returncode}
-        # A rank that a signal ended is the cause, and the connections that broke thereby are not.
-        number, code = min(codes.items(), key=lambda item: (item[1] > 0, item[0]), default=(0, EXIT_OUR_FAULT))
+        # A rank that a signal ended or that found a mistake is the cause, and connections that broke thereby are not.
+        number, code = min(
+            codes.items(),
+            key=lambda item: (item[1] != EXIT_USER_MISTAKE, item[1] > 0, item[0]),
+            default=(0, EXIT_OUR_FAULT),
+        )
         places = published(self._folder)
         place = places.get(number, Place())
         step, where = place.step, str(place)
@@ -159,7 +176,8 @@ class HostJob:
         if code < 0:
             name = signal.Signals(-code).name
             error, how = "" if -code in OUTSIDE else name, f"was ended by {name}"
-        elif (failure := self._first_failure()) is not None:
+        elif notes := self._notes():
+            failure = min(notes, key=lambda note: (not note["error"], note["time"]))  # a lost rank says nothing
             number, error, how = failure["rank"], failure["error"], f"failed ({failure['text']})"
             step, where = failure["step"], failure["place"]
         text = f"rank {number} {how} in {where}" + self._places({number, *codes})
@@ -172,17 +190,15 @@ class HostJob:
         places = {rank: place for rank, place in published(self._folder).items() if rank not in without}
         return "".join(f"; rank {rank} was in {places[rank]}" for rank in latest_of(places)[:SHOWN])
 
-    def _first_failure(self) -> dict[str, Any] | None:
-        """Note of the first that left word of what ended it."""
+    def _notes(self) -> list[dict[str, Any]]:
+        """What ranks told of what ends them."""
         found = []
         for path in self._folder.glob("failure-*"):
             try:
                 found.append(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError):  # it was killed while it wrote
                 continue
-        if not found:
-            return None
-        return min(found, key=lambda note: (not note["error"], note["time"]))  # broken connections say nothing
+        return found
 
     def _told(self, outcome: Outcome) -> Outcome:
         if not self._folder.is_dir():
