@@ -16,6 +16,11 @@ Board.at = fail
 MISTAKE = "from trainer.errors import UserError" + RAISE.replace("ValueError", "UserError")
 """Rank 1 alone finds a mistake of the user there."""
 
+LOST = RAISE.replace(' and os.environ.get("RANK") == "1"', "").replace(
+    'ValueError(f"a fault of the model, number {time.time()}")', 'RuntimeError("Connection closed by peer, says gloo")'
+)
+"""Both ranks find that the other one is gone, and neither says why."""
+
 HANG = """
 from trainer import place
 reading = place.reading

@@ -28,6 +28,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 class Started:
     """A run of two ranks, with a fault in it; `launcher` comes before `-m trainer`."""
 
@@ -106,6 +110,28 @@ def test_a_killed_rank_costs_a_new_start(start: Callable[..., Started]) -> None:
     assert "resumed at step " in output
     assert "Traceback" not in output  # of the rank that lost the other one
     assert run.steps() == list(range(1, 17))
+
+
+def test_a_killed_loader_worker_costs_a_new_start(start: Callable[..., Started]) -> None:
+    """Its rank is told by torch, and says so; that is no error of the run's own."""
+    run = start("nproc=2", "num_workers=1")
+    run.reach(5)
+    (worker,) = [pid for pid in run.left() if parent(pid) == run.rank(1)]
+    os.kill(worker, signal.SIGKILL)
+    code, output = run.ended()
+    assert code == 0, output
+    assert re.search(r"launch: rank 1 failed \(RuntimeError: DataLoader worker \(pid \d+\) is killed by", output), (
+        output
+    )
+    assert "starts again in 1 s from the newest checkpoint (1 of 3)" in output
+    assert run.steps() == list(range(1, 17))
+
+
+def test_ranks_that_have_only_lost_each_other_have_failed(start: Callable[..., Started]) -> None:
+    run = start("nproc=2", "launch.max_restarts=0", fault=faults.LOST)
+    code, output = run.ended()
+    assert code == 1, output
+    assert "failed (RuntimeError: Connection closed by peer, says gloo)" in output
 
 
 def test_an_error_that_comes_again_is_not_tried_for_ever(start: Callable[..., Started]) -> None:

@@ -228,7 +228,8 @@ class Training:
             exit_code = 75
             raise
         finally:
-            board.at(END)
+            if exit_code != EXIT_OUR_FAULT:  # else the place of the failure is still to be told
+                board.at(END)
             self.close(exit_code)
         return values
 

@@ -135,7 +135,8 @@ class HostJob:
 
     def poll(self) -> Outcome | None:
         running = [rank for rank in self._ranks if rank.poll() is None]
-        if not self._code and self._has_failed():
+        ended_badly = not running and any(rank.returncode for rank in self._ranks)
+        if not self._code and (ended_badly or self._has_failed()):
             self._note_failure()
             if self._code in (EXIT_REQUEUE, EXIT_USER_MISTAKE):  # these two are mostly everybody's
                 self._deadline = time.monotonic() + GRACE_SECONDS
@@ -150,7 +151,7 @@ class HostJob:
 
     def _has_failed(self) -> bool:
         """Whether a rank has failed; one that only lost another one waits a moment for the cause to be known."""
-        if any(note["error"] for note in self._notes()):
+        if any(not note["lost"] for note in self._notes()):
             return True  # to end may take it seconds
         lost = {note["rank"] for note in self._notes()}
         failed = {self._first + i for i, rank in enumerate(self._ranks) if rank.returncode}
@@ -177,7 +178,7 @@ class HostJob:
             name = signal.Signals(-code).name
             error, how = "" if -code in OUTSIDE else name, f"was ended by {name}"
         elif notes := self._notes():
-            failure = min(notes, key=lambda note: (not note["error"], note["time"]))  # a lost rank says nothing
+            failure = min(notes, key=lambda note: (note["lost"], note["time"]))
             number, error, how = failure["rank"], failure["error"], f"failed ({failure['text']})"
             step, where = failure["step"], failure["place"]
         text = f"rank {number} {how} in {where}" + self._places({number, *codes})
@@ -322,19 +323,20 @@ def notes() -> Path | None:
     return Path(folder) if folder and Path(folder).is_dir() else None
 
 
-def tell_failure(error: str, text: str) -> None:
+def tell_failure(error: str, text: str, lost: bool = False) -> None:
     """In a rank: what ends it.
 
     Args:
-        error: comparable, with numbers left out; empty if the cause lies elsewhere.
+        error: comparable, once numbers are left out; empty if the cause came from outside.
         text: for the user.
+        lost: it is another rank that failed, and this one only noticed.
     """
     if (folder := notes()) is None:
         return
     rank = int(os.environ.get("RANK", "0"))
     comparable = re.sub(r"0x[0-9a-f]+|\d+", "#", error)
     place = board.place
-    note = {"rank": rank, "error": comparable, "text": text, "time": time.time()}
+    note = {"rank": rank, "error": comparable, "text": text, "lost": lost, "time": time.time()}
     note |= {"step": place.step, "place": str(place)}
     temporary = folder / f"note-{rank:05d}"
     temporary.write_text(json.dumps(note), encoding="utf-8")

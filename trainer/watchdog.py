@@ -41,10 +41,10 @@ class Watchdog(threading.Thread):
     Args:
         rank: of this process.
         deadline_seconds: of the job.
-        tell: called with what was late, before the process is ended.
+        tell: called before the process is ended, with what was late, and whether it was waiting for others.
     """
 
-    def __init__(self, rank: int, deadline_seconds: float, tell: Callable[[str], None]) -> None:
+    def __init__(self, rank: int, deadline_seconds: float, tell: Callable[[str, bool], None]) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.rank, self.deadline, self.tell = rank, deadline_seconds, tell
         self._over = threading.Event()
@@ -89,5 +89,5 @@ class Watchdog(threading.Thread):
         if workers:
             time.sleep(min(0.5, 0.02 * self.deadline))  # while they write
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
-        self.tell("" if place.phase in WAITING else f"late in {place.phase}")
+        self.tell(f"late in {place.phase}", place.phase in WAITING)
         os._exit(EXIT_OUR_FAULT)

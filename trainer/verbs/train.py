@@ -96,7 +96,11 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
     recipe = load(config, overrides)
     deadline = recipe.config.launch.deadline_seconds
     board.at(START)  # everything is imported
-    with Watchdog(int(os.environ.get("RANK", "0")), deadline, lambda error: launch.tell_failure(error, error)):
+
+    def late(error: str, waiting: bool) -> None:
+        launch.tell_failure("" if waiting else error, error, lost=waiting)
+
+    with Watchdog(int(os.environ.get("RANK", "0")), deadline, late):
         ranks = distributed.start(timeout_seconds=LATE_WAITING * deadline)
         board.at(START)
         try:
@@ -108,7 +112,7 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
         except Exception as error:
             _leave_children_alone()
             if distributed.is_lost_peer(error):  # the traceback that matters is elsewhere
-                launch.tell_failure("", _named(error))
+                launch.tell_failure("", _named(error), lost=True)
                 logging.getLogger(__name__).error("rank %d lost another rank: %s", ranks.rank, _named(error))
                 return EXIT_OUR_FAULT
             killed = "is killed by signal: Killed" in str(error)  # a loader worker
