@@ -169,10 +169,18 @@ def hurt(run: Run, kind: str, chance: random.Random, log: Log) -> bool:
         run.start()
     proof = unfinished(run)
     whole = proof is not None and proof.name[1:].removesuffix(".partial")
-    wait_for(lambda: inode(run) != before, f"a new start after {kind}\n{run.text()[-2000:]}")  # metrics are cut back
-    size = (run.path / "metrics.jsonl").stat().st_size
-    wait_for(lambda: (run.path / "metrics.jsonl").stat().st_size > size, f"a step after {kind}\n{run.text()[-2000:]}")
+
+    def alive(condition: bool) -> bool:
+        assert run.front is not None
+        assert run.front.poll() is None, f"ended with {run.front.poll()} after {kind}:\n{run.text()[-3000:]}"
+        return condition
+
+    metrics = run.path / "metrics.jsonl"
+    wait_for(lambda: alive(inode(run) != before), f"a new start after {kind}")  # metrics are cut back
+    size = metrics.stat().st_size
+    wait_for(lambda: alive(metrics.stat().st_size > size), f"a step after {kind}")
     log.seconds.append(time.time() - fault)
+    print(f"{run.name}: {kind}, {log.seconds[-1]:.1f} s", flush=True)
     if kind == "write":  # what was being written then must not be what it goes on from
         inside = bool(whole) and f"checkpoints/{whole}" not in resumed(run)
         log.inside_a_write += inside
