@@ -260,6 +260,19 @@ def test_a_cut_link_ends_all_ranks_in_time_and_the_run_resumes(
     check_equal(run, whole)
 
 
+def test_the_hosts_that_are_left_go_on(hosts: TwoHosts, start: Callable[..., Run], whole: Path) -> None:
+    """The link stays down; the order of the samples does not depend on the number of processes."""
+    run = start(hosts, "left", "launch.min_hosts=1")
+    try:
+        run.reach(6)
+        hosts.link("nodeb", "down")
+        assert run.end() == 0, run.text()
+    finally:
+        hosts.link("nodeb", "up")
+    assert "goes on without 1 of 2 hosts (nodeb: " in run.text()
+    assert read_ledger(run.path / "ledger") == read_ledger(whole / "ledger")
+
+
 def test_a_cut_between_the_ranks_is_seen_by_the_deadline(
     hosts: TwoHosts, start: Callable[..., Run], whole: Path
 ) -> None:
