@@ -102,7 +102,7 @@ def test_pauses_grow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     start, _ = attempts(*[fault()] * 6, DONE)
     assert restart.supervise(start, max_restarts=9) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "starts again" in line]
-    assert [float(line.split()[4]) for line in lines] == [1, 5, 15, 60, 60, 60]
+    assert [float(line.split()[4]) for line in lines] == [1, 5, 15, 30, 30, 30]
 
 
 def test_the_settings_are_read_without_the_rest() -> None:

@@ -11,7 +11,7 @@ from trainer.config import Config
 from trainer.errors import EXIT_CHECK_FOUND_SOMETHING, EXIT_DONE, EXIT_REQUEUE, EXIT_USER_MISTAKE
 from trainer.launch import POLL_SECONDS, Job, Outcome, catching_signals, wait
 
-PAUSES_SECONDS = (1.0, 5.0, 15.0, 60.0)
+PAUSES_SECONDS = (1.0, 5.0, 15.0, 30.0)
 """Before the first, second, ... start in a row that led to no new checkpoint."""
 FINAL = (EXIT_DONE, EXIT_USER_MISTAKE, EXIT_CHECK_FOUND_SOMETHING, EXIT_REQUEUE)
 """Exit codes after which a new start would change nothing."""
