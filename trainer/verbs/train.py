@@ -115,13 +115,18 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
                 launch.tell_failure("", _named(error), lost=True)
                 logging.getLogger(__name__).error("rank %d lost another rank: %s", ranks.rank, _named(error))
                 return EXIT_OUR_FAULT
-            killed = "is killed by signal: Killed" in str(error)  # a loader worker
-            launch.tell_failure("" if killed else _named(error), _named(error))
+            launch.tell_failure("" if _lost_worker(error) else _named(error), _named(error))
             raise
         finally:
             board.at(END)
             distributed.stop()
     return 0
+
+
+def _lost_worker(error: Exception) -> bool:
+    """Whether a loader worker was killed: torch tells of it in several ways."""
+    told = ("is killed by signal: Killed", "exited unexpectedly")
+    return isinstance(error, (ConnectionError, EOFError)) or any(text in str(error) for text in told)
 
 
 def _leave_children_alone() -> None:
