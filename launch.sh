@@ -3,13 +3,22 @@
 #   ./launch.sh                      the whole story on the default recipe: data, training, evaluation, report
 #   ./launch.sh VERB [ARGUMENTS]     see ./launch.sh --help
 #   ./launch.sh test [ARGUMENTS]     the test suite
+#   sbatch -N2 launch.sh train ...   the same as a job of Slurm, which reads the next lines; see docs/launch.md
+#SBATCH --job-name=ostinato --requeue --open-mode=append --signal=TERM@120
 set -euo pipefail
 
+say() { echo "launch.sh: $*" >&2; }
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ ! -f "$root/pyproject.toml" && -n "${SLURM_SUBMIT_DIR:-}" ]]; then # sbatch runs a copy of this file
+    root=$SLURM_SUBMIT_DIR
+    if [[ ! -f "$root/launch.sh" ]]; then
+        say "$root is not the project's folder: go there, then sbatch launch.sh $*"
+        exit 2
+    fi
+fi
 extras=""
 [[ "${1:-}" == test ]] && extras="[dev]"
-
-say() { echo "launch.sh: $*" >&2; }
 
 # Sets $python. Installs into .venv at the first call, and when what an installation depends on has changed: a stamp
 # says what was installed. Another active environment that has ostinato in it belongs to the user and is used as it is.

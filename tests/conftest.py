@@ -1,10 +1,16 @@
-"""Fixtures: a corpus of generated tones, prepared once a session."""
+"""Fixtures: a corpus of generated tones, prepared once a session. The chaos suite runs when it is asked for."""
 
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import overrides
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "chaos" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("chaos")])
+        items[:] = [item for item in items if not item.get_closest_marker("chaos")]
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,6 @@ import torch
 from tests.helpers import overrides
 from trainer import checkpoint
 from trainer.config import PROJECT
-from trainer.errors import UserError
-from trainer.launch import read_hosts
 from trainer.run import CLOCKS, read_ledger, read_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -82,6 +80,7 @@ def arguments(corpus: Path, runs: Path, name: str) -> list[str]:
         "checkpoint.every_steps=7",
         "num_workers=1",
         "nproc=2",
+        "launch.max_restarts=0",
         "tracking.wandb=offline",
         "validation.table_rows=2",
     ]
@@ -178,19 +177,6 @@ def test_a_mistake_that_every_rank_finds_is_told_once(corpus: Path, tmp_path: Pa
     assert done.returncode == 2, output
     assert output.count("model.rnn.cel: unknown key; did you mean model.rnn.cell?") == 1, output
     assert "Traceback" not in output
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [("", "names no host"), ("a slots=two\n", r":1: 'a slots=two': wanted `HOST slots=N`"), ("a slots=0\n", "wanted")],
-)
-def test_a_wrong_hosts_file_is_explained(tmp_path: Path, text: str, wanted: str) -> None:
-    path = tmp_path / "hosts"
-    path.write_text(text)
-    with pytest.raises(UserError, match=wanted):
-        read_hosts(path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_hosts(tmp_path / "nowhere")
 
 
 def test_two_hosts_started_by_hand_train_together(corpus: Path, tmp_path: Path) -> None:

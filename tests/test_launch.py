@@ -130,6 +130,22 @@ def test_it_takes_little_time_of_its_own(door: Door) -> None:
     assert (time.monotonic() - start) / 5 < 0.3
 
 
+def test_sbatch_runs_a_copy_of_it_elsewhere(door: Door, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    shutil.copy(door.root / "launch.sh", spool / "slurm_script")
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(door.python), "SLURM_SUBMIT_DIR": str(door.root)}
+    command = [str(spool / "slurm_script"), "train", "x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert door.log.read_text().splitlines()[-1] == "1 -m trainer train x"
+    assert not (spool / ".venv").exists()
+    environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2
+    assert f"{tmp_path} is not the project's folder" in done.stderr
+
+
 def test_without_a_verb_it_becomes_the_story(door: Door) -> None:
     door("plan")
     assert door()[2] == ["1 -m trainer story speech/read_ru nproc=2"]

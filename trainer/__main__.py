@@ -13,8 +13,8 @@ from trainer import verbs
 from trainer.errors import EXIT_DONE, EXIT_OUR_FAULT, EXIT_REQUEUE, EXIT_USER_MISTAKE, RequeueError, UserError
 from trainer.launch import follow_parent, tell
 
-HIDDEN = {"story"}
-"""Verbs that `--help` does not list: what `./launch.sh` alone runs."""
+HIDDEN = {"host", "story"}
+"""Verbs that `--help` does not list: what `./launch.sh` alone runs, and what a front end starts on each host."""
 PRINTING = {"-h", "--help", "help", "plan", "schema"}
 """Verbs that are done when nobody reads any more, as in `schema | head`."""
 

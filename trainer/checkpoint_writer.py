@@ -20,6 +20,7 @@ from trainer import checkpoint, distributed
 from trainer.checkpoint import LATEST, BrokenCheckpointError, CheckpointConfig
 from trainer.config import show
 from trainer.distributed import Slice
+from trainer.place import board
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class Writer:
         self.paused = failure is not None
         if failure is None:
             self.written_step = self._step
+            board.saved(self._step)
         else:
             self._give_up(failure)
 

@@ -21,6 +21,9 @@ from trainer.errors import UserError
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder that holds `configs/` and `recipes/`."""
 
+NO_RUN = ("base/", "sweeps/")
+"""Folders under `configs/` whose files are no configuration of a run: parts of others, and sweeps over them."""
+
 T = TypeVar("T")
 Free = Annotated[T, Field(json_schema_extra={"on_resume": "may change"})]
 """Type of a key that may differ when a run is resumed; every other key is part of what the run is."""
@@ -131,7 +134,7 @@ def find_file(name: str) -> Path:
         if is_file(candidate):
             return candidate
     known = sorted(str(p.relative_to(configs).with_suffix("")) for p in configs.rglob("*.yaml"))
-    known = [name for name in known if not name.startswith("base/")]
+    known = [name for name in known if not name.startswith(NO_RUN)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else "known configs: " + ", ".join(known)
     shown = name if len(name) <= 100 else f"{name[:100]}..."

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from trainer.config import Config
 from trainer.errors import UserError
@@ -59,12 +60,19 @@ class Ranks:
 def start(timeout_seconds: float = 1800.0) -> Ranks:
     """Join the process group that the environment names (spawner, torchrun, srun), or be alone.
 
+    Args:
+        timeout_seconds: after which a collective fails that another rank does not join, DeepSpeed's too.
+
     Returns:
         this process's place. NCCL with a GPU, gloo without.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    timeout = timedelta(seconds=timeout_seconds)
+    # DeepSpeed makes its groups without a time-out, so that torch's default is theirs.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
@@ -74,7 +82,7 @@ def start(timeout_seconds: float = 1800.0) -> Ranks:
             "backend": "nccl" if gpu else "gloo",
             "rank": rank,
             "world_size": world_size,
-            "timeout": timedelta(seconds=timeout_seconds),
+            "timeout": timeout,
         }
         if world_size == 1:
             arguments["store"] = dist.HashStore()  # type: ignore[attr-defined]
@@ -82,6 +90,15 @@ def start(timeout_seconds: float = 1800.0) -> Ranks:
             arguments["store"] = dist.FileStore(os.environ[STORE], world_size)  # type: ignore[attr-defined]
         dist.init_process_group(**arguments)
     return Ranks(rank, world_size, local_rank, device)
+
+
+LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "TCPStore")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says only that another rank cannot be reached any more."""
+    lost = isinstance(error, dist.DistError) or any(text in str(error) for text in LOST_PEER)
+    return isinstance(error, RuntimeError) and lost
 
 
 def stop() -> None:
@@ -93,6 +110,11 @@ def stop() -> None:
 def is_first() -> bool:
     """Whether this is rank 0."""
     return dist.get_rank() == 0
+
+
+def is_first_of_host() -> bool:
+    """Whether this rank is number 0 of its host."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def barrier() -> None:

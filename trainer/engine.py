@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer import checkpoint as checkpoints
 from trainer import config as configuration
-from trainer import distributed, incidents, keyed, machine, transfer
+from trainer import distributed, hosts, incidents, keyed, machine, transfer
 from trainer.checkpoint import Checkpoint
 from trainer.checkpoint_writer import Writer
 from trainer.data.dataset import Batch, Dataset, Fault
@@ -29,6 +30,7 @@ from trainer.evaluation import Evaluator, left_out, to_device
 from trainer.models.block import recompute_blocks
 from trainer.models.normalization import update_statistics
 from trainer.optim import Plateau, set_lr
+from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, START, board
 from trainer.position import Position
 from trainer.profiling import Profile
 from trainer.recipe import Recipe, State, StepOutput
@@ -64,12 +66,14 @@ class Training:
         distributed.check_precision(config.precision, ranks.device)
         self.run = RunDirectory(config.runs_dir / config.name)
         distributed.on_first(lambda: self.run.claim(config))
+        hosts.check_alike(self.run.path)
         self._log_to_file()
         self.dataset = recipe.build_dataset("train")
         self.validation = Evaluator(recipe, "valid", ranks)
         self.data = {"train": self.dataset.identity, "valid": self.validation.dataset.identity}
         self._compare_data()
         self.rounds = math.ceil(self.dataset.plan.micro_batches_per_step / ranks.world_size)
+        board.at(START)  # a piece of work each
         model = recipe.build_model()
         initialise(model, config.seed)
         found: Checkpoint | None = distributed.on_first(lambda: checkpoints.newest(self.run.checkpoints))
@@ -81,6 +85,7 @@ class Training:
         recompute_blocks(model, config.activation_checkpointing)
         model.to(ranks.device)
         self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
+        board.at(START)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
         self.spikes = Spikes(config.spikes)
         self.writer = Writer(self.run.checkpoints, config.checkpoint)
@@ -95,6 +100,7 @@ class Training:
             self.position.total_steps = config.max_steps or self._steps_of_an_epoch() * config.max_epochs
         distributed.on_first(lambda: self.run.cut_back(self.position.step))
         distributed.on_first(lambda: incidents.record_left_out(self.run, self.position, self._splits()))
+        board.at(START)
         self.machine = machine.describe()
         self.signals = signals or StopSignals()
         self.ledger = Ledger(self.run.ledger, ranks.rank)
@@ -145,6 +151,7 @@ class Training:
             if int(number) % self.ranks.world_size == self.ranks.rank:
                 self.carried.setdefault(int(number), {})[part] = values.to(self.ranks.device)
         self.writer.written_step = self.position.step
+        board.saved(self.position.step)
         log.info("resumed from %s", found.folder)
 
     def _take_back(self, found: Checkpoint) -> None:
@@ -189,6 +196,8 @@ class Training:
             exit_code = 75
             raise
         finally:
+            if exit_code != EXIT_OUR_FAULT:  # else the place of the failure is still to be told
+                board.at(END)
             self.close(exit_code)
         return values
 
@@ -246,7 +255,9 @@ class Training:
         before, known = where.step, where.left_out_later()
         left = None if config.max_steps is None else config.max_steps - where.step
         steps = islice(self._coming(), left)
+        board.at(CHECKPOINT)
         self.writer.wait()  # the loader forks, which does not go well with threads at work
+        board.at(DATA, where.step + 1)
         loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
         values = None
         for step, batches in loader:
@@ -266,6 +277,7 @@ class Training:
             if self._stopping:
                 self._save_or_fail()
                 self.tracker.say(f"stopped by a signal at step {where.step}, saved; the same command goes on")
+                distributed.on_first(self.run.stopped)
                 raise RequeueError
             if self._finished() or (last and where.excluded != known):
                 break
@@ -298,13 +310,16 @@ class Training:
             if micro_batch is not None:
                 self.ledger.record(where.epoch, where.step + 1, micro_batch.number, batch)
                 faults += batch["faults"]
+            board.at(FORWARD, where.step + 1, partial("samples {}".format, " ".join(batch["keys"])))
             state = self.carried.pop(micro_batch.number, None) if micro_batch is not None else None
             output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device), state)
             if micro_batch is not None and output.state is not None:
                 self.carried[micro_batch.number] = {name: t.detach() for name, t in output.state.items()}
+            board.at(BACKWARD)
             self.trained.backward(self._scaled(output, step))
             for name, loss in output.losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss.sum.detach())
+            board.at(COLLECTIVE)
             applied = self.trained.step()
         assert applied is not None
         if step.last or not applied.applied:  # a stream starts anew; a state behind a refused step is not finite
@@ -454,6 +469,7 @@ class Training:
 
     def _save_or_fail(self) -> None:
         """Have this step's checkpoint on the disk; without it the run must not end as if all were well."""
+        board.at(CHECKPOINT)
         self.writer.wait()
         if self.writer.written_step != self.position.step:
             self._save()
@@ -470,6 +486,7 @@ class Training:
 
     def _save(self) -> None:
         """Begin to write a checkpoint."""
+        board.at(CHECKPOINT)
         carried = {f"{number}.{part}": t for number, s in self.carried.items() for part, t in s.items()}
         shapes = {name: list(t.shape) for name, t in carried.items()}
         state = {

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import distributed
+from trainer import distributed, place
 from trainer.data.dataset import MISSING, Batch, Fault
 from trainer.data.plan import Rejection
 from trainer.distributed import Ranks
 from trainer.errors import UserError
 from trainer.metrics import Mean, add
+from trainer.place import COLLECTIVE, VALIDATION, board
 from trainer.recipe import Recipe, Row, RunConfig, Split, State
 from trainer.run import BEFORE, READING, RunDirectory, read_quarantine
 
@@ -113,6 +114,7 @@ class Evaluator:
         own = slice(self.ranks.rank, None, self.ranks.world_size)  # by number, as in training: a stream stays together
         steps = self.dataset.plan.epoch(0, [fault.key for fault in self.known])
         for micro_batch in (m for step in steps for m in step.micro_batches[own]):
+            board.at(VALIDATION, describe=place.own.__str__)
             batch = self.dataset.load(micro_batch)
             state = carried.pop(micro_batch.number, None)
             output = self.recipe.step(self.model, to_device(batch, self.ranks.device), state)
@@ -121,8 +123,9 @@ class Evaluator:
             means = {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()}
             weight = {name: x.weight for name, x in output.losses.items()}
             means |= {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()}
-            place = (micro_batch.step, micro_batch.number)
-            results.append((place, means, weight, output.rows, int(batch["valid"].sum()), batch["faults"]))
+            number = (micro_batch.step, micro_batch.number)
+            results.append((number, means, weight, output.rows, int(batch["valid"].sum()), batch["faults"]))
+        board.at(COLLECTIVE)
         everything = sorted((r for part in distributed.gather(results) for r in part), key=lambda r: r[0])
         totals: dict[str, Mean] = {}
         weights_of: dict[str, float] = {}

@@ -24,6 +24,7 @@ from trainer.distributed import Precision, ZeroConfig
 from trainer.errors import UserError
 from trainer.metrics import Loss, Mean
 from trainer.optim import AdamWConfig, CosineConfig, OptimizerConfig, ScheduleConfig
+from trainer.restart import LaunchConfig
 from trainer.spikes import SpikeConfig
 from trainer.tracking import TrackingConfig
 
@@ -121,6 +122,7 @@ class RunConfig(Config):
     checkpoint: Free[CheckpointConfig] = CheckpointConfig()
     spikes: Free[SpikeConfig] = SpikeConfig()
     tracking: Free[TrackingConfig] = TrackingConfig()
+    launch: Free[LaunchConfig] = LaunchConfig()
 
     @model_validator(mode="after")
     def _enough_checkpoints(self) -> "RunConfig":

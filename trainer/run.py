@@ -10,6 +10,8 @@ runs/NAME/
   suspicious.jsonl   samples that are used and look odd: {"split", "key", "reason", "detail"}
   refused.jsonl      steps whose gradient was not finite, and their samples
   spikes.jsonl       steps after which the run went back to an older checkpoint
+  requeue            there if the last start was stopped by a signal and saved: what exit code 75 says, for launchers
+                     that lose it
   logs/ wandb/ profile/ export/ report.html
 """
 
@@ -49,6 +51,7 @@ class RunDirectory:
         self.ledger = path / "ledger"
         self.logs = path / "logs"
         self.report = path / "report.html"
+        self.requeue = path / "requeue"
         self._lock: IO[str] | None = None
         self._quarantined: set[tuple[str, str]] | None = None  # what is on record, once it was read
 
@@ -83,6 +86,7 @@ class RunDirectory:
             self.ledger.mkdir(exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.requeue.unlink(missing_ok=True)
         except BlockingIOError as error:
             raise UserError(
                 f"{show(self.path)}: another process trains this run; wait for it or take another name="
@@ -101,6 +105,11 @@ class RunDirectory:
         temporary = self.config.with_suffix(".tmp")
         temporary.write_text(configuration.dump_yaml(configuration.plain(config)), encoding="utf-8")
         temporary.replace(self.config)
+
+    def stopped(self) -> None:
+        """Say in a file what exit code 75 says; rank 0 only."""
+        with contextlib.suppress(OSError):  # a full disk: the exit code is still there
+            self.requeue.touch()
 
     def add_to_quarantine(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Record samples that are left out and are not on record yet; returns those. Rank 0 only."""

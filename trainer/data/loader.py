@@ -5,6 +5,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data.dataset import Batch, Dataset
 from trainer.data.plan import MicroBatch, Step, mine
+from trainer.place import DATA, Reading, board, own, take
 from trainer.signals import STOP_SIGNALS, die_with_parent
 
 AHEAD = 4
@@ -22,8 +24,9 @@ AHEAD = 4
 SMALL_BYTES = 1 << 16
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(number: int, reading: Reading) -> None:
     die_with_parent(os.getppid())
+    take(reading.slot(number))
     torch.set_num_threads(1)
     for name in STOP_SIGNALS:  # the rank decides when to stop
         signal.signal(name, signal.SIG_IGN)
@@ -91,6 +94,7 @@ class Loader:
         self.rounds = rounds
         self.waited_seconds = 0.0
         self._drawn: deque[Step] = deque()
+        self._reading = Reading(num_workers) if num_workers else own
 
         def wanted() -> Iterator[MicroBatch | None]:
             for step in steps:
@@ -104,14 +108,20 @@ class Loader:
             sampler=wanted(),
             num_workers=num_workers,
             prefetch_factor=AHEAD if num_workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, reading=self._reading),
             multiprocessing_context="fork" if num_workers else None,
         )
 
+    def __str__(self) -> str:
+        """What is being read."""
+        return str(self._reading)
+
     def __iter__(self) -> Iterator[tuple[Step, list[Batch]]]:
+        board.at(DATA, describe=self.__str__)
         start = time.perf_counter()
         batches = iter(self._loader)  # starts the workers, and whoever asks for the first step waits for them
         while group := list(islice(batches, self.rounds)):
             self.waited_seconds = time.perf_counter() - start
             yield self._drawn.popleft(), [{name: _unpacked(value) for name, value in b.items()} for b in group]
+            board.at(DATA, board.place.step + 1, self.__str__)
             start = time.perf_counter()

@@ -39,6 +39,7 @@ from trainer.data.tars import transcript
 from trainer.data.text import SUBWORDS_FILE, SubwordsConfig, TextConfig, Tokens, UnknownCharacterError
 from trainer.data.transfer import TransferError
 from trainer.errors import UserError
+from trainer.place import reading
 
 log = logging.getLogger(__name__)
 
@@ -394,6 +395,7 @@ class SpeechDataset:
         places, faults = [], []
         for b, (row, speed) in enumerate(zip(micro_batch.samples, micro_batch.speeds, strict=True)):
             name = self.index.keys[row]
+            reading(self._names[self.index.shard[row]], name)
             place = _Place(name, keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0)
             places.append(place)
             try:

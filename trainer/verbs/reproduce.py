@@ -2,14 +2,14 @@
 
     ./launch.sh reproduce memory
 
-It is the sweep of sweeps/TABLE.yaml, whose variants name what the papers report: it goes on where it was stopped.
+It is the sweep of configs/sweeps/TABLE.yaml, whose variants name what papers report: it goes on where it was stopped.
 """
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", metavar="TABLE", help="a file under sweeps/, without its ending")
+    parser.add_argument("table", metavar="TABLE", help="a file under configs/sweeps/, without its ending")
     parser.add_argument("--workers", type=int, help="processes at a time (default: what the file says, or one a core)")
 
 
@@ -18,9 +18,10 @@ def main(arguments: argparse.Namespace) -> int:
     from trainer.errors import UserError
     from trainer.verbs.sweep import sweep
 
-    known = sorted(path.stem for path in (PROJECT / "sweeps").glob("*.yaml"))
+    folder = PROJECT / "configs" / "sweeps"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
     if arguments.table not in known:
         raise UserError(f"{arguments.table}: there is no such table; known tables: {', '.join(known)}")
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: wanted 1 or more")
-    return sweep(PROJECT / "sweeps" / f"{arguments.table}.yaml", arguments.workers)
+    return sweep(folder / f"{arguments.table}.yaml", arguments.workers)

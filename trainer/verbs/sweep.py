@@ -1,6 +1,6 @@
 """Runs a grid or a random search over any keys and seeds; goes on where it was stopped or killed.
 
-    ./launch.sh sweep sweeps/memory.yaml
+    ./launch.sh sweep configs/sweeps/memory.yaml
 
 FILE names a CONFIG and what varies:
 

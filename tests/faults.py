@@ -1,0 +1,54 @@
+"""Faults put into a run from outside: a folder for PYTHONPATH whose `sitecustomize` changes what a process does."""
+
+from pathlib import Path
+
+RAISE = """
+from trainer.place import Board
+at = Board.at
+def fail(self, phase, step=None, *more, **named):
+    at(self, phase, step, *more, **named)
+    if phase == "forward" and self.place.step == 6 and os.environ.get("RANK") == "1":
+        raise ValueError(f"a fault of the model, number {time.time()}")
+Board.at = fail
+"""
+"""Rank 1 fails in the forward pass of step 6, whenever it comes there."""
+
+MISTAKE = "from trainer.errors import UserError" + RAISE.replace("ValueError", "UserError")
+"""Rank 1 alone finds a mistake of the user there."""
+
+LOST = RAISE.replace(' and os.environ.get("RANK") == "1"', "").replace(
+    'ValueError(f"a fault of the model, number {time.time()}")', 'RuntimeError("Connection closed by peer, says gloo")'
+)
+"""Both ranks find that the other one is gone, and neither says why."""
+
+HANG = """
+from trainer import place
+reading = place.reading
+number = 0
+def hang(shard, key):
+    global number
+    number += 1
+    reading(shard, key)
+    if os.environ.get("RANK") == "1" and number > 40 and once():
+        time.sleep(1000)
+place.reading = hang
+"""
+"""A loader of rank 1 reads its 41st sample for ever, the first time."""
+
+HEAD = """
+import os, pathlib, time
+FOLDER = pathlib.Path(__file__).parent
+def once():
+    try:
+        (FOLDER / "happened").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+"""
+
+
+def put(folder: Path, fault: str) -> str:
+    """Make the folder; what PYTHONPATH must begin with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(HEAD + fault)
+    return str(folder)
