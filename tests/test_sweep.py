@@ -94,7 +94,7 @@ def test_an_interrupted_sweep_goes_on_and_loses_nothing(whole: Path, tmp_path: P
         time.sleep(0.02)
     before = {p: p.stat().st_mtime_ns for p in finished(tmp_path)}
     process.send_signal(number)
-    process.communicate(timeout=100)
+    process.communicate(timeout=300)
     assert process.returncode == (-9 if number == signal.SIGKILL else EXIT_REQUEUE)
     assert 2 <= len(before) < 6
     again = command(path)
