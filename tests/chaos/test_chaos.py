@@ -266,9 +266,12 @@ def test_the_hosts_that_are_left_go_on(hosts: TwoHosts, start: Callable[..., Run
     try:
         run.reach(6)
         hosts.link("nodeb", "down")
-        assert run.end() == 0, run.text()
+        assert run.front is not None
+        run.front.wait(PATIENCE)
+        assert not [*run.ranks(), *run.agents()]  # sshd itself stays until it hears of the other side
     finally:
         hosts.link("nodeb", "up")
+    assert run.end() == 0, run.text()
     assert "goes on without 1 of 2 hosts (nodeb: " in run.text()
     assert read_ledger(run.path / "ledger") == read_ledger(whole / "ledger")
 
