@@ -1,7 +1,7 @@
 """The front end of a job on several hosts: one connection to each, at whose other end is an agent.
 
 Whatever happens to the front end, to a connection or to a host, both sides notice within `SILENCE_SECONDS`, and each
-ends what is its own. Why not DeepSpeed's launcher: docs/decisions/0010-one-connection-a-host.md.
+ends what is its own. Why not DeepSpeed's launcher: docs/decisions/0007-one-connection-a-host.md.
 """
 
 import json
