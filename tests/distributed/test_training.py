@@ -559,20 +559,28 @@ def on_first_fails(ranks: Any) -> str:
     return "nothing"
 
 
+def fit_without_pauses(ranks: Any, arguments: list[str]) -> dict[str, Any]:
+    """`fit`, where a shard that does not come is given up at once."""
+    from trainer.data import transfer
+
+    transfer.BACK_OFF_SECONDS = 0.0
+    return fit(ranks, arguments)
+
+
 def test_what_did_not_come_is_asked_for_again_in_the_next_epoch(corpus: Path, tmp_path: Path) -> None:
     """One shard of seven is away for an epoch: no sample of it is bad for ever, nor part of that budget."""
     there = shutil.copytree(corpus, tmp_path / "there")
     away = (there / "train" / "shard-000001.tar").rename(tmp_path / "away.tar")
     lost = set(contents(corpus / "train" / "shard-000001.tar"))
     more = ["name=run", f"data.remote.url=pipe:cat {there}/{{}}", "max_missing_share=0.2", "max_epochs=1"]
-    first = run_ranks(2, fit, overrides(tmp_path / "copy", tmp_path, *more))[0]
+    first = run_ranks(2, fit_without_pauses, overrides(tmp_path / "copy", tmp_path, *more))[0]
     assert (first["position"]["bad"], first["position"]["missing"]) == ([], 0)
     rows = list(read_lines(first["run"] / "quarantine.jsonl"))
     assert {(row["key"], row["reason"]) for row in rows} == {(key, "missing") for key in lost}
     assert read_quarantine(first["run"] / "quarantine.jsonl", "train") == []
 
     away.rename(there / "train" / "shard-000001.tar")
-    second = run_ranks(2, fit, overrides(tmp_path / "copy", tmp_path, *more, "max_epochs=2"))[0]
+    second = run_ranks(2, fit_without_pauses, overrides(tmp_path / "copy", tmp_path, *more, "max_epochs=2"))[0]
     for row in read_ledger(second["run"] / "ledger"):
         assert set(row["bad"]) == (lost & set(row["keys"]) if row["epoch"] == 0 else set())
     assert lost < {key for row in read_ledger(second["run"] / "ledger") if row["epoch"] == 1 for key in row["keys"]}
@@ -584,4 +592,4 @@ def test_a_run_from_which_too_much_stays_away_ends(corpus: Path, tmp_path: Path)
     more = ["name=run", f"data.remote.url=pipe:cat {there}/{{}}"]
     wanted = r"did not come of 50, more than max_missing_share = 0.1 allows \(5\); mend the way to data.remote.url"
     with pytest.raises(RuntimeError, match=wanted):
-        run_ranks(2, fit, overrides(tmp_path / "copy", tmp_path, *more))
+        run_ranks(2, fit_without_pauses, overrides(tmp_path / "copy", tmp_path, *more))
