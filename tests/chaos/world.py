@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +68,18 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE
 
 
 @dataclass
-class Place:
+class Place(ABC):
     """Where a run is started and which processes can belong to it."""
 
     slots: int
 
+    @abstractmethod
     def command(self, arguments: list[str], folder: Path) -> list[str]:
         """A verb with its arguments, to be started from this host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def processes(self) -> list[int]:
         """All that a run has here now, on any host."""
-        raise NotImplementedError
 
 
 class OneHost(Place):

@@ -202,6 +202,7 @@ class SpeechDataset:
         self._reading = self.prepared.reading(config.text)
         self._alphabet = config.text.alphabet or self.prepared.alphabet
         self.log_mel = build_log_mel(config, self.prepared)
+        self._shortest = self._clip(self.log_mel.silence())
         self.training = split == "train"
         sound = self.training and config.features.kind == "log_mel"
         self.wave_augment = WaveAugment(config.augment, config.sample_rate_hz) if sound else None
@@ -429,7 +430,7 @@ class SpeechDataset:
         longest = max(
             int(stretched(num_samples[speeds == speed], speed, self.config.rate_hz).max()) for speed in set(speeds)
         )
-        like = self._clip(self.log_mel.silence())
+        like = self._shortest
         if self.config.features.where == "worker":
             longest = int(self.log_mel.num_frames(np.array([longest]))[0])
         return like.new_empty(len(num_samples), max(longest, len(like)), *like.shape[1:])

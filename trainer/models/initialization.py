@@ -40,7 +40,7 @@ class DefaultConfig(Config):
     def draw(self, structure: "Structure") -> Tensor:
         """Values of the structure's weight."""
         if parametrize.is_parametrized(structure, "weight"):
-            own: InitializationConfig | None = structure.parametrizations.weight[0].start  # type: ignore
+            own: InitializationConfig | None = structure.parametrizations.weight[0].start  # type: ignore[union-attr,index]
             if own is not None:
                 return own.draw(structure)
         return structure.own_start()
