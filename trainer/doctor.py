@@ -179,23 +179,22 @@ RUNS = Path("runs")
 
 @contextmanager
 def _scratch(runs: Path) -> Iterator[Path]:
-    """A folder inside `runs` that is gone afterwards, as is `runs` if it was not there before.
+    """A folder inside `runs`, gone afterwards; while there is no `runs`, where it would be made.
+
+    `runs` itself is never made here: the hosts of a job ask at the same time and may share a disk, and the
+    one that took it away again would pull it from under the others.
 
     Raises:
         Problem: it cannot be made.
     """
-    new = not runs.exists()
+    parent = next(folder for folder in (runs, *runs.absolute().parents) if folder.exists())
     try:
-        runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=runs, prefix=".doctor-") as name:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".doctor-") as name:
             yield Path(name)
     except OSError as error:
         raise Problem(
             f"{runs}/ cannot be written ({error.strerror or error}); set runs_dir=FOLDER on a disk you may write"
         ) from error
-    finally:
-        if new and runs.is_dir() and not any(runs.iterdir()):
-            runs.rmdir()
 
 
 def disk(folder: Path = RUNS) -> str:
@@ -205,8 +204,8 @@ def disk(folder: Path = RUNS) -> str:
             file.write(b"\0" * 2**20)
             file.flush()
             os.fsync(file.fileno())
-        free = shutil.disk_usage(folder).free / 2**30
-        system = os.statvfs(folder)
+        free = shutil.disk_usage(scratch).free / 2**30
+        system = os.statvfs(scratch)
     if free < MIN_DISK_GIGABYTES:
         raise Problem(f"{folder}/ has {free:.2f} GiB left; free some or set runs_dir=FOLDER on another disk")
     if system.f_files and system.f_favail < MIN_INODES:  # some file systems do not count them
