@@ -147,7 +147,7 @@ def check_fuzzed(task: Any, data: Path, count: int, first_seed: int = 0) -> dict
         number = seed % len(shards)
         whole, samples = originals[shards[number]]
         what = fuzz(shards[number], seed)
-        dataset._reader.close()
+        dataset._reader._open.clear()
         for row in range(ends[number], ends[number + 1]):
             entry, sound, text = samples[dataset.index.keys[row]]
             try:

@@ -28,9 +28,10 @@ number = 0
 def hang(shard, key):
     global number
     number += 1
-    reading(shard, key)
-    if os.environ.get("RANK") == "1" and number > 40 and once():
-        time.sleep(1000)
+    with reading(shard, key):
+        if os.environ.get("RANK") == "1" and number > 40 and once():
+            time.sleep(1000)
+    return reading(shard, key)
 place.reading = hang
 """
 """A loader of rank 1 reads its 41st sample for ever, the first time."""

@@ -28,10 +28,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
 class Started:
     """A run of two ranks, with a fault in it; `launcher` comes before `-m trainer`."""
 
@@ -112,21 +108,6 @@ def test_a_killed_rank_costs_a_new_start(start: Callable[..., Started]) -> None:
     assert run.steps() == list(range(1, 17))
 
 
-def test_a_killed_loader_worker_costs_a_new_start(start: Callable[..., Started]) -> None:
-    """Its rank is told by torch, and says so; that is no error of the run's own."""
-    run = start("nproc=2", "num_workers=1")
-    run.reach(5)
-    (worker,) = [pid for pid in run.left() if parent(pid) == run.rank(1)]
-    os.kill(worker, signal.SIGKILL)
-    code, output = run.ended()
-    assert code == 0, output
-    assert re.search(r"launch: rank 1 failed \(RuntimeError: DataLoader worker \(pid \d+\) is killed by", output), (
-        output
-    )
-    assert "starts again in 1 s from the newest checkpoint (1 of 3)" in output
-    assert run.steps() == list(range(1, 17))
-
-
 def test_ranks_that_have_only_lost_each_other_have_failed(start: Callable[..., Started]) -> None:
     run = start("nproc=2", "launch.max_restarts=0", fault=faults.LOST)
     code, output = run.ended()
@@ -154,7 +135,7 @@ def test_a_mistake_that_one_rank_finds_ends_all(start: Callable[..., Started]) -
 
 
 def test_what_hangs_is_named_and_ended(start: Callable[..., Started]) -> None:
-    """A loader worker reads for ever: the sample, its shard and the line it hangs in are told, and the run goes on."""
+    """A loader reads for ever: the sample, its shard and the line it hangs in are told, and the run goes on."""
     run = start("nproc=2", "num_workers=1", "launch.deadline_seconds=20", fault=faults.HANG)
     hung = Path(run.mark) / "happened"
     wait_for(lambda: hung.exists() or run.process.poll() is not None)
@@ -167,7 +148,7 @@ def test_what_hangs_is_named_and_ended(start: Callable[..., Started]) -> None:
     assert late, output
     assert re.fullmatch(r"sample \S+ of shard train/\S+\.tar", late[1])
     assert "rank 0 is late" not in output
-    assert re.search(r'sitecustomize\.py", line \d+ in hang', output), "the stack of the worker"
+    assert re.search(r'sitecustomize\.py", line \d+ in hang', output), "the stack of the loader"
     assert "launch: rank 1 failed (late in data)" in output
     assert run.steps() == list(range(1, 17))
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,15 +116,14 @@ def test_who_is_late(places: list[tuple[str, int]], late: list[int]) -> None:
     assert latest_of({rank: Place(phase, step) for rank, (phase, step) in enumerate(places)}) == late
 
 
-def test_what_a_loader_reads_is_known() -> None:
-    reading = place.Reading(2)
-    before = place._slot
-    try:
-        place.take(reading.slot(1))
-        place.reading("train/00001.tar", "one")
-        place.reading("train/00002.tar", "two" * 100)
-    finally:
-        place.take(before)
-    assert str(reading).startswith("loader 1 reads sample twotwo")
-    place.reading("train/00003.tar", "three")
-    assert str(place.own) == "loader 0 reads sample three of shard train/00003.tar"
+def test_what_is_being_read_is_known() -> None:
+    def look() -> str:
+        with place.reading("train/00001.tar", "one"):
+            return place.being_read()
+
+    with ThreadPoolExecutor(1, "loader") as pool, place.reading("train/00002.tar", "two"):
+        assert pool.submit(look).result() == (
+            "MainThread reads sample two of shard train/00002.tar; loader 0 reads sample one of shard train/00001.tar"
+        )
+        assert place.being_read() == "MainThread reads sample two of shard train/00002.tar"
+    assert place.being_read() == ""

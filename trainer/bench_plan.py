@@ -183,25 +183,21 @@ def _rank(pipe: Any, config: str, overrides: list[str], rank: int, world_size: i
             answer = len(steps)
         else:
             rounds = math.ceil(dataset.plan.micro_batches_per_step / world_size)
-            loader = Loader(dataset, steps[order[1] :], rank, world_size, rounds, recipe.config.num_workers)
-            batches = iter(loader)
-            step, loaded = next(batches)
+            left = steps[order[1] :]
+            step, loaded = next(iter(Loader(dataset, left, rank, world_size, rounds, recipe.config.num_workers)))
             wanted = [m.samples for m in step.micro_batches[rank::world_size]]
             got = [batch["keys"] for batch in loaded if batch["keys"] != [""]]
             if got != [[dataset.index.keys[row] for row in rows] for rows in wanted]:
                 raise AssertionError(f"step {order[1]}: {got} was loaded")
             answer = sum(len(batch["faults"]) for batch in loaded)
         pipe.send((time.perf_counter() - start, time.process_time() - used, answer))
-        if order[0] == "load":
-            pipe.recv()  # the workers are counted, too, before they go
-            del batches, loader
 
 
 class _Answer(NamedTuple):
     seconds: float
     """Of the slowest rank."""
     cpu_seconds: float
-    """Of all ranks together, without their workers."""
+    """Of all ranks together."""
     value: Any
     """Of the first."""
 
@@ -231,8 +227,8 @@ class _Host:
             self.peak = max(self.peak, self.memory())
 
     def memory(self) -> int:
-        """Bytes of all ranks and their workers; a page that several share counts once."""
-        return sum(_memory(pid) for process in self.processes for pid in _family(process.pid or 0))
+        """Bytes of all ranks; a page that several share counts once."""
+        return sum(_memory(process.pid or 0) for process in self.processes)
 
     def tell(self, *order: Any) -> "_Answer":
         """Give an order to all."""
@@ -240,9 +236,6 @@ class _Host:
             pipe.send(order)
         answers = [pipe.recv() for pipe in self.pipes]
         self.peak = max(self.peak, self.memory())
-        if order[0] == "load":
-            for pipe in self.pipes:
-                pipe.send("go on")
         return _Answer(max(a[0] for a in answers), sum(a[1] for a in answers), answers[0][2])
 
     def close(self) -> None:
@@ -263,14 +256,6 @@ def _host(config: str, overrides: list[str], world_size: int) -> Iterator[_Host]
         yield host
     finally:
         host.close()
-
-
-def _family(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return [pid]
-    return [pid, *(p for child in children for p in _family(int(child)))]
 
 
 def _memory(pid: int) -> int:
@@ -297,7 +282,7 @@ def measure(
 
     Args:
         sizes: utterances.
-        world_size: ranks on the host; each has `num_workers` loader workers.
+        world_size: ranks on the host; each has `num_workers` loader threads.
         places: from which the first batch is loaded, spread over the epoch.
         folder: where the corpora are made (and deleted again); None: the folder for temporary files.
     """
@@ -337,7 +322,7 @@ def measure(
                     "utterances": utterances,
                     "shards": shards,
                     "steps": steps,
-                    "processes": world_size * (1 + settings.num_workers),
+                    "processes": world_size,
                     "generate_seconds": generated,
                     "merge_seconds": merge.seconds,
                     "merge_cpu_seconds": merge.cpu_seconds,

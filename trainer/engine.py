@@ -255,8 +255,6 @@ class Training:
         before, known = where.step, where.left_out_later()
         left = None if config.max_steps is None else config.max_steps - where.step
         steps = islice(self._coming(), left)
-        board.at(CHECKPOINT)
-        self.writer.wait()  # the loader forks, which does not go well with threads at work
         board.at(DATA, where.step + 1)
         loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
         values = None

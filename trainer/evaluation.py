@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import distributed, place
+from trainer import distributed
 from trainer.data.dataset import MISSING, Batch, Fault
 from trainer.data.plan import Rejection
 from trainer.distributed import Ranks
 from trainer.errors import UserError
 from trainer.metrics import Mean, add
-from trainer.place import COLLECTIVE, VALIDATION, board
+from trainer.place import COLLECTIVE, VALIDATION, being_read, board
 from trainer.recipe import Recipe, Row, RunConfig, Split, State
 from trainer.run import BEFORE, READING, RunDirectory, read_quarantine
 
@@ -114,7 +114,7 @@ class Evaluator:
         own = slice(self.ranks.rank, None, self.ranks.world_size)  # by number, as in training: a stream stays together
         steps = self.dataset.plan.epoch(0, [fault.key for fault in self.known])
         for micro_batch in (m for step in steps for m in step.micro_batches[own]):
-            board.at(VALIDATION, describe=place.own.__str__)
+            board.at(VALIDATION, describe=being_read)
             batch = self.dataset.load(micro_batch)
             state = carried.pop(micro_batch.number, None)
             output = self.recipe.step(self.model, to_device(batch, self.ranks.device), state)

@@ -4,11 +4,12 @@ The engine says so as it goes; the watchdog and, through a small file, the spawn
 `kill -9` cannot tell any more, its file still does.
 """
 
+import contextlib
 import json
-import mmap
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -115,36 +116,20 @@ def _order(place: Place) -> tuple[int, bool]:
     return place.step, place.phase in WAITING
 
 
-class Reading:
-    """Which sample each loader worker reads: memory that they share with their rank.
-
-    Args:
-        num_workers: 0: the process itself reads.
-    """
-
-    def __init__(self, num_workers: int) -> None:
-        self._size = max(1, num_workers)
-        self._memory = mmap.mmap(-1, self._size * RECORD_BYTES)
-
-    def slot(self, number: int) -> memoryview:
-        return memoryview(self._memory)[number * RECORD_BYTES :][:RECORD_BYTES]
-
-    def __str__(self) -> str:
-        records = [bytes(self.slot(i)).rstrip(b"\0 ").decode(errors="replace") for i in range(self._size)]
-        return "; ".join(f"loader {number} reads {record}" for number, record in enumerate(records) if record)
+_reading: dict[str, str] = {}  # by the name of the thread
 
 
-own = Reading(0)
-"""Of this process, where it reads without workers."""
-_slot = own.slot(0)
+@contextlib.contextmanager
+def reading(shard: str, key: str) -> Iterator[None]:
+    """Meanwhile this thread reads this sample."""
+    name = threading.current_thread().name
+    _reading[name] = f"sample {key} of shard {shard}"
+    try:
+        yield
+    finally:
+        del _reading[name]
 
 
-def take(slot: memoryview) -> None:
-    """In a loader worker: what `reading` is told from now on goes here."""
-    global _slot
-    _slot = slot
-
-
-def reading(shard: str, key: str) -> None:
-    """This sample is read now."""
-    _slot[:] = f"sample {key} of shard {shard}".encode()[:RECORD_BYTES].ljust(RECORD_BYTES)
+def being_read() -> str:
+    """What each thread reads now."""
+    return "; ".join(f"{name.replace('_', ' ')} reads {what}" for name, what in sorted(_reading.copy().items()))

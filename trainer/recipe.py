@@ -90,7 +90,7 @@ class RunConfig(Config):
     max_steps: Free[int | None] = Field(None, ge=1)
     """Stop after so many optimizer steps; null: at `max_epochs`."""
     num_workers: Free[int] = Field(1, ge=0)
-    """Loader processes of each rank; 0 loads in the rank itself."""
+    """Loader threads of each rank; 0 loads a batch when it is wanted."""
     max_bad_share: Free[float] = Field(0.01, ge=0, le=1)
     """Stop when more than this share of the samples turned out bad."""
     max_missing_share: Free[float] = Field(0.1, ge=0, le=1)

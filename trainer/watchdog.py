@@ -6,7 +6,6 @@ late itself is ended first, so that it can say why; the ones that wait for it co
 
 import faulthandler
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ LATE_WAITING = 0.8
 """... one that waits for others: then those have had their say. Collectives time out at the same time."""
 STDERR = 2
 STACKS = signal.SIGUSR2
-"""Asks ranks and loader workers for their stack traces."""
+"""Asks a rank for its stack traces."""
 FOREIGN = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 """Environment variables of launchers (torchrun, DeepSpeed's) that leave ranks behind when they are killed."""
 
@@ -82,12 +81,6 @@ class Watchdog(threading.Thread):
             file=sys.stderr,
             flush=True,
         )
-        workers = multiprocessing.active_children()
-        for worker in workers:
-            if worker.pid is not None:
-                os.kill(worker.pid, STACKS)
-        if workers:
-            time.sleep(min(0.5, 0.02 * self.deadline))  # while they write
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         self.tell(f"late in {place.phase}", place.phase in WAITING)
         os._exit(EXIT_OUR_FAULT)

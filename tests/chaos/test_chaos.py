@@ -147,7 +147,7 @@ def choose(run: Run, kind: str, chance: random.Random) -> list[int]:
     if kind == "host":
         assert isinstance(world, TwoHosts)
         return world.of_host("nodeb")
-    found = {"rank": run.ranks, "write": run.ranks, "worker": run.workers, "agent": run.agents}[kind]()
+    found = {"rank": run.ranks, "write": run.ranks, "agent": run.agents}[kind]()
     return [chance.choice(found)] if found else []
 
 
@@ -199,8 +199,8 @@ def resumed(run: Run) -> str:
 
 
 DECKS = {
-    "one-host": {"rank": 7, "worker": 5, "front": 6, "write": 7},
-    "two-hosts": {"rank": 4, "worker": 4, "agent": 5, "front": 4, "host": 4, "write": 4},
+    "one-host": {"rank": 11, "front": 7, "write": 7},
+    "two-hosts": {"rank": 6, "agent": 5, "front": 5, "host": 5, "write": 4},
 }
 FAULTS_A_RUN = 13
 log = Log()

@@ -233,10 +233,6 @@ class Run:
         trains = [pid for pid in found if f"name={self.name}" in words(pid) and b"\0RANK=" in environment_of(pid)]
         return sorted(pid for pid in trains if parent(pid) not in trains)
 
-    def workers(self) -> list[int]:
-        ranks = set(self.ranks())
-        return [pid for pid in self.world.processes() if parent(pid) in ranks and f"name={self.name}" in words(pid)]
-
     def agents(self) -> list[int]:
         return [pid for pid in self.world.processes() if "-m trainer host" in words(pid) and "cd /" not in words(pid)]
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from tests.helpers import contents
 from trainer import keyed
 from trainer.data import columns, index
+from trainer.data import reader as reader_module
 from trainer.data.columns import Columns
 from trainer.data.index import Index, index_path
 from trainer.data.reader import FILES_OPEN, ShardReader
@@ -211,5 +213,16 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path) -> None:
         assert reader.read(i, 2, 4) == bytes([i]) * 4
         assert opened() <= FILES_OPEN
     assert reader.read(3, 8, 4) == bytes([3]) * 2
-    reader.close()
+    del reader
     assert opened() == 0
+
+
+def test_threads_read_shards_that_others_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "FILES_OPEN", 1)
+    paths = [tmp_path / f"{i}.tar" for i in range(8)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 10)
+    reader = ShardReader(paths)
+    rows = [i * 5 % 8 for i in range(4000)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: reader.read(i, 0, 1)[0], rows)) == rows

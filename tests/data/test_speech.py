@@ -60,7 +60,7 @@ def test_a_shard_that_was_cut_gives_up_only_what_is_missing(data: Path, on_a_bou
     dataset = task(data).build_dataset("train")
     before = load_all(dataset)
     lost = cut(data, 2, on_a_boundary)
-    dataset._reader.close()
+    dataset._reader._open.clear()
     batch = load_all(dataset)
     assert [f.key for f in batch["faults"]] == lost
     assert {f.reason for f in batch["faults"]} == {"shard is cut short"}

@@ -1,69 +1,24 @@
-"""The batches of one rank, in the order of the plan, loaded ahead by worker processes."""
+"""The batches of one rank, in the order of the plan, loaded ahead by threads.
 
-import os
-import signal
+Threads, since nearly all of the work (reading, decoding, checksums, resampling, features) is done by compiled code that
+lets go of the interpreter: docs/decisions/0008.
+"""
+
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple
+from threading import Barrier
 
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, get_worker_info
-from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data.dataset import Batch, Dataset
 from trainer.data.plan import MicroBatch, Step, mine
-from trainer.place import DATA, Reading, board, own, take
-from trainer.signals import STOP_SIGNALS, die_with_parent
+from trainer.place import DATA, being_read, board
 
 AHEAD = 4
 """Micro-batches that each worker prepares in advance."""
-SMALL_BYTES = 1 << 16
-
-
-def _start_worker(number: int, reading: Reading) -> None:
-    die_with_parent(os.getppid())
-    take(reading.slot(number))
-    torch.set_num_threads(1)
-    for name in STOP_SIGNALS:  # the rank decides when to stop
-        signal.signal(name, signal.SIG_IGN)
-
-
-class _Small(NamedTuple):
-    """A small tensor on its way from a worker: inside the message, where torch would open a file of shared memory."""
-
-    values: NDArray[Any]
-
-
-class _MicroBatches(TorchDataset[Batch]):
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, micro_batch: MicroBatch | None) -> Batch:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # resampling rounds differently on more: the ledger must not depend on it
-        try:
-            batch = self.dataset.dummy() if micro_batch is None else self.dataset.load(micro_batch)
-        finally:
-            torch.set_num_threads(threads)
-        return batch if get_worker_info() is None else {name: _packed(value) for name, value in batch.items()}
-
-
-def _packed(value: Any) -> Any:
-    small = isinstance(value, torch.Tensor) and value.nbytes <= SMALL_BYTES and value.dtype != torch.bfloat16
-    return _Small(value.numpy()) if small else value
-
-
-def _unpacked(value: Any) -> Any:
-    return torch.from_numpy(value.values) if isinstance(value, _Small) else value
-
-
-def _as_it_is(batch: Any) -> Any:
-    """Instead of torch's conversion, which walks through every list of a batch that is complete already."""
-    return batch
 
 
 class Loader:
@@ -76,7 +31,7 @@ class Loader:
         steps: of the plan, those still to do; of one epoch or of many.
         rank, world_size: whose micro-batches.
         rounds: micro-batches of a rank a step.
-        num_workers: processes; 0 loads here.
+        num_workers: threads; 0 loads when a batch is asked for.
 
     Attributes:
         waited_seconds: time the last step waited for data.
@@ -91,37 +46,60 @@ class Loader:
         rounds: int,
         num_workers: int,
     ) -> None:
+        self.dataset = dataset
         self.rounds = rounds
+        self.num_workers = num_workers
         self.waited_seconds = 0.0
         self._drawn: deque[Step] = deque()
-        self._reading = Reading(num_workers) if num_workers else own
 
         def wanted() -> Iterator[MicroBatch | None]:
             for step in steps:
                 self._drawn.append(step)
                 yield from mine(step, rank, world_size, rounds)
 
-        self._loader: DataLoader[Batch] = DataLoader(
-            _MicroBatches(dataset),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            sampler=wanted(),
-            num_workers=num_workers,
-            prefetch_factor=AHEAD if num_workers else None,
-            worker_init_fn=partial(_start_worker, reading=self._reading),
-            multiprocessing_context="fork" if num_workers else None,
-        )
-
-    def __str__(self) -> str:
-        """What is being read."""
-        return str(self._reading)
+        self._wanted = wanted()
 
     def __iter__(self) -> Iterator[tuple[Step, list[Batch]]]:
-        board.at(DATA, describe=self.__str__)
+        board.at(DATA, describe=being_read)
         start = time.perf_counter()
-        batches = iter(self._loader)  # starts the workers, and whoever asks for the first step waits for them
+        batches = self._ahead() if self.num_workers else self._one_by_one()
         while group := list(islice(batches, self.rounds)):
             self.waited_seconds = time.perf_counter() - start
-            yield self._drawn.popleft(), [{name: _unpacked(value) for name, value in b.items()} for b in group]
-            board.at(DATA, board.place.step + 1, self.__str__)
+            yield self._drawn.popleft(), group
+            board.at(DATA, board.place.step + 1, being_read)
             start = time.perf_counter()
+
+    def _load(self, micro_batch: MicroBatch | None) -> Batch:
+        return self.dataset.dummy() if micro_batch is None else self.dataset.load(micro_batch)
+
+    def _one_by_one(self) -> Iterator[Batch]:
+        for micro_batch in self._wanted:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # resampling rounds differently on more: the ledger must not depend on it
+            try:
+                batch = self._load(micro_batch)
+            finally:
+                torch.set_num_threads(threads)
+            yield batch
+
+    def _ahead(self) -> Iterator[Batch]:
+        pool, all_started = ThreadPoolExecutor(self.num_workers, "loader"), Barrier(self.num_workers + 1)
+
+        def start() -> None:
+            torch.set_num_threads(1)  # of this thread, and of any that comes later
+            all_started.wait()
+
+        try:
+            threads = torch.get_num_threads()
+            for _ in range(self.num_workers):
+                pool.submit(start)
+            all_started.wait()
+            torch.set_num_threads(threads)
+            coming = (pool.submit(self._load, micro_batch) for micro_batch in self._wanted)
+            loading: deque[Future[Batch]] = deque(islice(coming, AHEAD * self.num_workers))
+            while loading:
+                batch = loading.popleft().result()
+                loading.extend(islice(coming, 1))
+                yield batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

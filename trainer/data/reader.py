@@ -3,15 +3,16 @@
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from threading import Lock
 
 FILES_OPEN = 64
 """Shards that a process holds open: a window and its neighbours, far below the 1,024 files that a process often may."""
 
 
 class ShardReader:
-    """Reads pieces of shards. A forked process inherits open files, which is harmless: `pread` moves no position.
+    """Reads pieces of shards, in any thread.
 
     Args:
         shards: paths by number.
@@ -19,7 +20,8 @@ class ShardReader:
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.shards = shards
-        self._open: OrderedDict[int, int] = OrderedDict()  # number of the shard -> descriptor, the last used one last
+        self._lock = Lock()
+        self._open: OrderedDict[int, FileIO] = OrderedDict()  # by number of the shard, the last used one last
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Up to `size` bytes; fewer where the shard ends before.
@@ -27,21 +29,9 @@ class ShardReader:
         Raises:
             OSError: it cannot be opened or read.
         """
-        if shard in self._open:
-            self._open.move_to_end(shard)
-        else:
-            if len(self._open) >= FILES_OPEN:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return os.pread(self._open[shard], size, offset)
-
-    def close(self) -> None:
-        """Close all files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        self.close()
+        with self._lock:
+            file = self._open.pop(shard, None) or FileIO(self.shards[shard])
+            self._open[shard] = file
+            if len(self._open) > FILES_OPEN:
+                self._open.popitem(last=False)  # closed once no other thread reads it any more
+        return os.pread(file.fileno(), size, offset)

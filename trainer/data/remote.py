@@ -100,19 +100,10 @@ class Cache:
         self._asked: dict[str, float] = {}
         self._files: OrderedDict[str, FileIO] = OrderedDict()
         (folder / STATE).mkdir(parents=True, exist_ok=True)
-        self._start()
-
-    def _start(self) -> None:
-        """What a fork does not carry over: threads, locks, connections."""
-        self._process = os.getpid()
         self._source = open_source(self.url)
         self._lock = threading.Lock()
         self._wanted: SimpleQueue[str] = SimpleQueue()
         self._threads: list[threading.Thread] = []
-
-    def _check_fork(self) -> None:
-        if self._process != os.getpid():
-            self._start()
 
     def open(self, name: str) -> FileIO:
         """A file that is whole, to be read with `os.pread`; it is not removed while it is open.
@@ -122,7 +113,6 @@ class Cache:
         Raises:
             TransferError: the file cannot be had; the text is the reason.
         """
-        self._check_fork()
         with self._lock:
             if name in self._files:
                 self._files.move_to_end(name)
@@ -152,7 +142,6 @@ class Cache:
 
         Files that another process is fetching, or that there is no room for, are left out.
         """
-        self._check_fork()
         with contextlib.suppress(Empty):
             while True:
                 self._wanted.get_nowait()

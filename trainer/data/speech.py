@@ -396,18 +396,18 @@ class SpeechDataset:
         places, faults = [], []
         for b, (row, speed) in enumerate(zip(micro_batch.samples, micro_batch.speeds, strict=True)):
             name = self.index.keys[row]
-            reading(self._names[self.index.shard[row]], name)
             place = _Place(name, keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0)
             places.append(place)
-            try:
-                wave, place.labels = self._sample(row, speed)
-                if self.wave_augment is not None:
-                    wave = self.wave_augment(wave, place.noise_key)
-                place.valid = True
-            except AudioError as error:
-                faults.append(Fault(name, error.reason, error.detail))
-                wave = self.log_mel.silence()
-            self._fill(audio[b], place, wave)
+            with reading(self._names[self.index.shard[row]], name):
+                try:
+                    wave, place.labels = self._sample(row, speed)
+                    if self.wave_augment is not None:
+                        wave = self.wave_augment(wave, place.noise_key)
+                    place.valid = True
+                except AudioError as error:
+                    faults.append(Fault(name, error.reason, error.detail))
+                    wave = self.log_mel.silence()
+                self._fill(audio[b], place, wave)
         return self._finish(audio, places, faults)
 
     def dummy(self) -> Batch:

@@ -23,17 +23,17 @@ from trainer.verbs import add_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["step", "loader", "kernels", "orthogonal", "plan", "batch-size"])
+    parser.add_argument("what", choices=["step", "loader", "kernels", "orthogonal", "plan", "batch-size", "scaling"])
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="speech/read_ru")
     add_overrides(parser)
-    parser.add_argument("--repetitions", type=int, default=7, help="of every way of step and loader (default 7)")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a repetition of step (default 8)")
+    parser.add_argument("--repetitions", type=int, default=7, help="of every way of step, loader, scaling (default 7)")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a repetition of these (default 8)")
     parser.add_argument("--hours", type=float, default=1.0, help="of sound for loader (default 1)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line of kernels (default 2)")
     parser.add_argument("--only", default="", help="lines of kernels with this text in their names")
     parser.add_argument("--sizes", default="100000,1000000", help="utterances of the corpora of plan, e.g. 10000000")
     parser.add_argument("--per-shard", type=int, default=500, help="utterances in a shard of plan (default 500)")
-    parser.add_argument("--world-size", type=int, default=2, help="processes of plan (default 2)")
+    parser.add_argument("--world-size", type=int, default=2, help="processes of plan, scaling (default 2)")
     parser.add_argument("--folder", type=Path, help="where plan makes its corpora, and deletes them again")
     parser.add_argument("--gib", type=float, help="memory that batch-size may take (default: 80 %% of what is free)")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
@@ -47,7 +47,13 @@ def main(arguments: argparse.Namespace) -> int:
     for name in ("repetitions", "steps", "seconds", "hours", "per_shard", "world_size", "gib"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: wanted more than 0")
-    others = {"kernels": _kernels, "orthogonal": _orthogonal, "plan": _plan, "batch-size": _batch_size}
+    others = {
+        "kernels": _kernels,
+        "orthogonal": _orthogonal,
+        "plan": _plan,
+        "batch-size": _batch_size,
+        "scaling": _scaling,
+    }
     run = others.get(arguments.what, _training)
     result = run(arguments)
     result["machine"] = machine.describe()
@@ -137,6 +143,42 @@ def _orthogonal(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{name} after {steps}: entries moved by up to {far:.2f}, |W^T W - I| = {off:.1e}", highlight=False
         )
     return {"rows": rows, "drifts": drifts}
+
+
+def _scaling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One process, several, and copies that exchange nothing; and what the model of communication foresees."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer import bench_scaling, recipe
+
+    console = Console()
+    what = (arguments.config, arguments.overrides, arguments.world_size, arguments.repetitions, arguments.steps)
+    result = bench_scaling.measure(*what, lambda line: console.print(line, highlight=False))
+    model = recipe.load(arguments.config, arguments.overrides).build_model()
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result["forecast"] = bench_scaling.forecast(result["parameters"])
+
+    def shown(value: dict[str, float], digits: int = 2) -> str:
+        return "{median:.{d}f} ({low:.{d}f}-{high:.{d}f})".format(**value, d=digits)
+
+    table = Table(title=f"audio-hours a second of {arguments.config}, one thread a process: median (quartiles)")
+    for heading in ("", "", "wanted of two"):
+        table.add_column(heading)
+    for name, speed in result["audio_hours_per_second"].items():
+        table.add_row(name, shown(speed, 4), "")
+    table.add_row("together over one", shown(result["over_one"]), f">= {bench_scaling.OVER_ONE}")
+    table.add_row("together over copies", shown(result["over_copies"]), f">= {bench_scaling.OVER_COPIES}")
+    console.print(table)
+    table = Table(title=f"foreseen for {result['parameters']:,} parameters on hosts of eight devices (docs/scaling.md)")
+    for heading in ("devices", "exchange, ms", "step alone, ms", "nothing hidden", "hidden behind backward"):
+        table.add_column(heading, justify="right")
+    for row in result["forecast"]:
+        shares = [f"{100 * row[name]:.1f} %" for name in ("nothing_hidden", "hidden")]
+        milliseconds = (f"{row['exchange_milliseconds']:.2f}", f"{row['step_milliseconds']:.0f}")
+        table.add_row(str(row["devices"]), *milliseconds, *shares)
+    console.print(table)
+    return result
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
