@@ -33,7 +33,7 @@ from trainer.optim import Plateau, set_lr
 from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, START, board
 from trainer.position import Position
 from trainer.profiling import Profile
-from trainer.recipe import Recipe, State, StepOutput
+from trainer.recipe import Recipe, State, StepOutput, Wish
 from trainer.run import Ledger, LogFile, RunDirectory, read_quarantine
 from trainer.signals import StopSignals
 from trainer.spikes import Spikes
@@ -465,7 +465,21 @@ class Training:
                 except Exception as error:  # a picture must not end a run, least of all on one rank alone
                     log.warning("%s is missing in the table: %s", r.key, error)
             self.tracker.table(where.step, epoch, "valid/table", cells)
+        if self.ranks.first and self.config.validation.samples:
+            self._generate(epoch)
         return values, better
+
+    @torch.inference_mode()
+    def _generate(self, epoch: int) -> None:
+        """Have the validated copy of the model write some pieces; what fails here ends no run."""
+        cells: list[tuple[dict[str, str | float], Any]] = []
+        for seed in range(self.config.validation.samples):
+            try:
+                piece = self.recipe.generate(self.validation.model, Wish(seed))
+                cells.append(({"seed": seed, "text": piece.text}, piece.media))
+            except Exception as error:
+                log.warning("seed %d gave no piece: %s", seed, error)
+        self.tracker.table(self.position.step, epoch, "generated", cells)
 
     def _save_or_fail(self) -> None:
         """Have this step's checkpoint on the disk; without it the run must not end as if all were well."""
