@@ -170,6 +170,8 @@ def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
     rows = [
         {
             "variant": variant,
+            "label": variant,
+            "config": "copying/t1000",
             "seed": seed,
             "monitor": "loss",
             "best": best + seed,
@@ -183,12 +185,13 @@ def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
     first, second = sweeps.table(sweep, rows)
     assert first["best loss"] == "2 +- 1"
     assert first["paper"] == "1.5"
-    assert second["against the first (p)"] == "+2 (0.25)"
+    assert first["against the first, 95 % (p)"] == ""
+    assert second["against the first, 95 % (p)"] == "+2 +- 0 (0.25)"
     assert second["parameters"] == "21,764"
     assert second["seeds"] == "0, 1, 2"
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_of_the_projects_sweeps_is_valid(path: Path) -> None:
     from trainer import recipe
 

@@ -29,6 +29,7 @@ from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.evaluation import Evaluator, left_out, to_device
 from trainer.models.block import recompute_blocks
 from trainer.models.normalization import update_statistics
+from trainer.models.regularizers import activation_losses, at_step, penalises_weights, weight_penalty
 from trainer.optim import Plateau, set_lr
 from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, START, board
 from trainer.position import Position
@@ -84,7 +85,8 @@ class Training:
         transfer.freeze(model, config.freeze)
         recompute_blocks(model, config.activation_checkpointing)
         model.to(ranks.device)
-        self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
+        whole = penalises_weights(model)
+        self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds, whole)
         board.at(START)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
         self.spikes = Spikes(config.spikes)
@@ -302,6 +304,7 @@ class Training:
         lr = config.optimizer.lr * config.schedule.factor(where.applied_steps, where.total_steps, self.plateau)
         set_lr(self.trained.optimizer, lr)
         self.trained.module.train()
+        at_step(self.trained.module, config.seed, where.step)
         sums: dict[str, float] = {}
         faults: list[Fault] = []
         applied = None
@@ -312,7 +315,9 @@ class Training:
                 faults += batch["faults"]
             board.at(FORWARD, where.step + 1, partial("samples {}".format, " ".join(batch["keys"])))
             state = self.carried.pop(micro_batch.number, None) if micro_batch is not None else None
-            output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device), state)
+            batch = to_device(batch, self.ranks.device)
+            output = self.recipe.step(self.trained.model, batch, state)
+            self._regularize(output, batch)
             if micro_batch is not None and output.state is not None:
                 self.carried[micro_batch.number] = {name: t.detach() for name, t in output.state.items()}
             board.at(BACKWARD)
@@ -363,6 +368,15 @@ class Training:
             self._roll_back(loss)
         if self._profile is not None:
             self._profile.step()
+
+    def _regularize(self, output: StepOutput, batch: Batch) -> None:
+        """Add what the model's regularisers ask for."""
+        output.losses |= activation_losses(self.trained.module, batch["valid"])
+        penalty = weight_penalty(self.trained.module)
+        if output.penalty is None or penalty is None:
+            output.penalty = penalty if output.penalty is None else output.penalty
+        else:
+            output.penalty = output.penalty + penalty
 
     def _scaled(self, output: StepOutput, step: Step) -> Tensor:
         """What to differentiate, so that after DeepSpeed's division by rounds and ranks each loss is divided by its

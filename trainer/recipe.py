@@ -57,7 +57,8 @@ class StepOutput:
     losses: dict[str, Loss]
     metrics: dict[str, Mean] = field(default_factory=dict)
     penalty: Tensor | None = None
-    """Added once a step, whatever the accumulation and the number of ranks: a function of the weights alone."""
+    """Added once a step, whatever the accumulation and the number of ranks: a function of the weights alone. What the
+    model's regularisers ask for is not in it: the engine adds that."""
     rows: list[Row] = field(default_factory=list)
     """In evaluation: a row a sample."""
     state: State | None = None
@@ -85,7 +86,7 @@ class Generated:
     """What a person reads on the console: the piece itself, or what there is to say of it."""
     files: dict[str, bytes]
     """Contents by ending, such as ".mid"; the text is kept as it is."""
-    media: Media = Media()
+    media: Media = field(default_factory=Media)
     """To hear or see in W&B."""
 
 
@@ -99,7 +100,7 @@ class ValidationConfig(Config):
     table_rows: Free[int] = Field(8, ge=0)
     """Utterances in the table of W&B, with sound."""
     samples: Free[int] = Field(0, ge=0)
-    """Pieces that the model writes after each validation, from the seeds 0, 1, ..., for W&B; see the verb `generate`."""
+    """Pieces that the model writes after each validation, from the seeds 0, 1, ..., for W&B; see the verb generate."""
 
 
 class RunConfig(Config):

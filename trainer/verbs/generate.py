@@ -3,8 +3,9 @@
     ./launch.sh generate music-chorales
     ./launch.sh generate runs/music-chorales count=3 seed=7 length=200 temperature=0.9
 
-Writes RUN/generated/SEED.*, which the report shows: a piece for each of `count` seeds from `seed` on: the same seed gives the same piece. `length`
-counts what the recipe goes by (frames, characters, words), `prompt` is what to go on from, as the recipe says.
+Writes RUN/generated/SEED.*, which the report shows: a piece for each of `count` seeds from `seed` on. A seed gives the
+same piece each time. `length` counts what the recipe goes by (frames, characters, words); `prompt` is what to go on
+from.
 """
 
 import argparse
