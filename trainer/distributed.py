@@ -300,7 +300,7 @@ class Trained:
         whole: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed()
-        self.stage = zero.stage
+        self.stage, self._whole = zero.stage, whole
         self.module = model
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         everywhere = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
@@ -322,6 +322,14 @@ class Trained:
         self._gathered = deepspeed.zero.GatheredParameters
         self._partition = BY_STAGE[zero.stage](self.optimizer, self._wrapper)
         self.model.torch_autocast_z0_gradscaler = self._wrapper.torch_autocast_gradscaler = None  # see LossScale
+
+    def hold_weights(self) -> None:
+        """Where `whole` was asked for: have every weight on this rank, as at stage 3 the first pass gives back all
+        that it took."""
+        if self._whole and self.stage == 3:
+            missing: list[Any] = [p for p in self.names if p.shape != p.ds_shape]  # type: ignore[attr-defined]
+            if missing:
+                missing[0].all_gather(missing)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch; DeepSpeed divides by the rounds and averages over the ranks."""

@@ -372,6 +372,7 @@ class Training:
     def _regularize(self, output: StepOutput, batch: Batch) -> None:
         """Add what the model's regularisers ask for."""
         output.losses |= activation_losses(self.trained.module, batch["valid"])
+        self.trained.hold_weights()
         penalty = weight_penalty(self.trained.module)
         if output.penalty is None or penalty is None:
             output.penalty = penalty if output.penalty is None else output.penalty
