@@ -298,7 +298,7 @@ def _errors(evaluations: dict[str, dict[str, Any]], valid: Rows) -> str:
     return _table(lines, ("split", "", "errors, %", *(f"{part}, %" for part in PARTS)), numbers=4)
 
 
-SHOWN = {
+EMBEDDED = {
     ".png": '<img alt="{name}" src="data:image/png;base64,{data}">',
     ".wav": '<audio controls preload="none" src="data:audio/wav;base64,{data}"></audio>',
     ".txt": "<pre>{text}</pre>",
@@ -312,7 +312,7 @@ def _generated(folder: Path) -> str:
     for path in sorted(p for p in folder.glob("*") if p.is_file()):
         content = path.read_bytes()
         parts.append(
-            SHOWN.get(path.suffix, OTHER).format(
+            EMBEDDED.get(path.suffix, OTHER).format(
                 name=escape(path.name),
                 data=base64.b64encode(content).decode(),
                 text=escape(content.decode("utf-8", "replace")),

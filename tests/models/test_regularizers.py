@@ -434,7 +434,7 @@ def test_a_fast_dropout_net_is_the_mean_of_sampled_ones(moments: str, structure:
         ({"regularizers": merge(FAST, {"noise": {"hidden": 0.1}})}, "noise.hidden: the state is a distribution"),
         ({"regularizers": {"later": {"recurrent_dropout": 0.1}}}, "cell without gates"),
         ({"regularizers": {"later": {"zoneout_cell": 0.1}}}, "only an lstm has a c"),
-        ({"input_range": 0.1, "input_initialization": GlorotConfig()}, "leave out either"),
+        ({"input_range": 0.1, "input_initialization": GlorotConfig()}, "input_initialization.kind = glorot: take one"),
     ],
 )
 def test_what_does_not_go_together_is_refused(more: dict[str, Any], wanted: str) -> None:

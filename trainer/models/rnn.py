@@ -416,7 +416,7 @@ class RNN(nn.Module):
             if not i:
                 inputs = self.regularizer.input(inputs, noise_keys)
             inputs = inputs.transpose(0, 1).contiguous()  # (T, B, D)
-            width = self.config.hidden_size * len(layer)
+            width = self.config.hidden_size * (1 if self.config.directions == "forward" else 2)
             y, _ = layer(inputs, lengths, self.regularizer.draw(i, inputs, width, noise_keys, gated))
             if self.config.directions == "sum":
                 y = y.unflatten(-1, (2, -1)).sum(-2)
