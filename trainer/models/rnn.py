@@ -91,10 +91,8 @@ class RNNConfig(Config):
         if start != "default" and kind == "low_rank":
             raise ValueError(f"initialization.kind = {start} with structure.kind = low_rank: take default")
         if self.input_range is not None and self.input_initialization.kind != "default":
-            kind = self.input_initialization.kind
-            raise ValueError(
-                f"input_range = {self.input_range} with input_initialization.kind = {kind}: leave out either"
-            )
+            drawn = self.input_initialization.kind
+            raise ValueError(f"input_range = {self.input_range} with input_initialization.kind = {drawn}: take one")
         plain = self.norm == "none" and self.directions == "forward" and not self.residual
         if refusal := self.regularizers.refusal(self.cell.name, plain):
             raise ValueError(f"regularizers.{refusal}")
