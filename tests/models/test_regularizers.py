@@ -28,7 +28,7 @@ from trainer.models.regularizers.noise import (
 )
 from trainer.models.rnn import RNN, RNNConfig
 from trainer.models.structure import BandedConfig, BlockDiagonalConfig, DenseConfig, DiagonalConfig, Structure
-from trainer.run import read_ledger
+from trainer.run import read_ledger, read_lines
 
 SIZE, FRAMES = 12, 9
 LENGTHS = torch.tensor([9, 4, 7])
@@ -450,6 +450,14 @@ EVERYTHING = merge(
 WEAK = {"norms": {"nuclear": 1e-3, "l1": 1e-3}, "later": {"orthogonality": 1e-3, "gradient_noise": 0.05}}
 
 
+@pytest.mark.parametrize("name", SAMPLED)
+def test_half_precision_meets_the_same_noise(name: str) -> None:
+    rnn = stack(SAMPLED[name], num_layers=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = forward(rnn)
+    torch.testing.assert_close(got.float(), forward(rnn), rtol=0.05, atol=0.03)
+
+
 def test_everything_combines() -> None:
     rnn = stack(EVERYTHING, num_layers=2)
     y = forward(rnn)
@@ -460,12 +468,13 @@ def test_everything_combines() -> None:
     assert "later.variational.input 0.4" in told
 
 
-def regularised(folder: Path, ranks: int, stage: int) -> dict[str, Any]:
+def regularised(folder: Path, ranks: int, stage: int, chosen: dict[str, Any] | None = None) -> dict[str, Any]:
+    chosen = chosen or merge(EVERYTHING, WEAK)
     arguments = [
         "tracking.wandb=disabled", "validation.table_rows=0", "data.delay_steps=12", "data.num_train=90",
         "data.num_valid=10", "plan={micro_batch_samples: 3, micro_batches_per_step: 3}", "model.hidden_size=64",
         "model.cell.kind=lstm", "model.parametrization.kind=free", "optimizer.kind=adamw", "max_steps=4",
-        f"zero.stage={stage}", f"model.regularizers={merge(EVERYTHING, WEAK)}", "name=run", f"runs_dir={folder}",
+        f"zero.stage={stage}", f"model.regularizers={chosen}", "name=run", f"runs_dir={folder}",
     ]  # fmt: skip
     return run_ranks(ranks, fit, arguments, "copying/t1000")[0]
 
@@ -486,6 +495,19 @@ def test_a_regularised_run_is_the_same_on_any_number_of_ranks(
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=2e-5, msg=name)
     assert read_ledger(two["run"] / "ledger") == read_ledger(alone["run"] / "ledger")
+
+
+def test_the_engine_adds_what_they_ask_for(alone: dict[str, Any], tmp_path: Path) -> None:
+    """Penalties of states are a loss on record, and weights that cost much are driven to zero."""
+    rows = [row for row in read_lines(alone["run"] / "metrics.jsonl") if row["kind"] == "train"]
+    assert all(row["activations"] > 0 for row in rows)
+    plain, decayed = (
+        regularised(tmp_path / name, 1, 0, {"norms": {"l2": strength}})["weights"]
+        for name, strength in (("plain", 0.0), ("decayed", 10.0))
+    )
+    lower = [decayed[n].abs().sum() < plain[n].abs().sum() for n in plain if plain[n].ndim > 1]
+    assert lower
+    assert all(lower)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ is there in training only. Kernels take masks of a sequence, zoneout, disturbed 
 part of the pre-activation; the rest runs on the reference loop, which a line in the log says.
 """
 
+import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
@@ -193,9 +194,10 @@ class Regularizer(nn.Module):
             drawn.noise = std * gaussian(seeds("state.noise"), *frames).transpose(0, 1)
         if (rate := later.recurrent_dropout) and gated:
             drawn.update = keep(rate, seeds("update"), *frames).transpose(0, 1)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # kernels carry the state in float32 under any precision
         for name in ("mask", "noise", "update"):
             if (value := getattr(drawn, name)) is not None:
-                setattr(drawn, name, value.to(x.device, x.dtype))
+                setattr(drawn, name, value.to(x.device, dtype))
         return drawn
 
     def output(self, layer: int, y: Tensor, noise_keys: Tensor | None) -> Tensor:
