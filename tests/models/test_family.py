@@ -19,6 +19,7 @@ from trainer.models.initialization import (
     RotationsConfig,
     SparseRadiusConfig,
 )
+from trainer.models.linear import linear
 from trainer.models.parametrizations import (
     BoundedConfig,
     CayleyConfig,
@@ -30,7 +31,7 @@ from trainer.models.parametrizations import (
     attach,
 )
 from trainer.models.regularizers import weight_penalty
-from trainer.models.rnn import RNN, RNNConfig, linear
+from trainer.models.rnn import RNN, RNNConfig
 from trainer.models.structure import (
     BandedConfig,
     BlockDiagonalConfig,
