@@ -449,6 +449,8 @@ def table(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
     for row in rows:
         by_variant.setdefault(row["variant"], {})[row["seed"]] = row
     several = not isinstance(sweep.config, str | None)
+    if several:  # what is compared stands together
+        by_variant = dict(sorted(by_variant.items(), key=lambda item: next(iter(item[1].values()))["config"]))
     firsts: dict[str, dict[int, Mapping[str, Any]]] = {}
     lines, chosen = [], _chosen(sweep, by_variant)
     papers = any(v.paper for v in sweep.variants.values())
