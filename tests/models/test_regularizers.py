@@ -13,6 +13,7 @@ from kernels import reference
 from tests.helpers import fit, run_ranks
 from tests.models.test_models import kind
 from trainer import recipe
+from trainer.config import PROJECT
 from trainer.engine import initialise
 from trainer.errors import UserError
 from trainer.models.cells import ElmanConfig, GRUConfig, LSTMConfig
@@ -527,6 +528,20 @@ def test_every_recipe_takes_them(config: str, key: str) -> None:
     assert model.regularizers.noise.hidden == 0.1
     with pytest.raises(UserError, match="did you mean"):
         recipe.load(config, [f"{key}.regularizers.noise.hiden=0.1"])
+
+
+def test_every_key_is_in_the_documents() -> None:
+    text = (PROJECT / "docs/regularizers.md").read_text(encoding="utf-8")
+
+    def names(values: dict[str, Any], at: str) -> list[str]:
+        nested = [
+            names(v, f"{at}{n}.") if isinstance(v, dict) and n != "decay" else [at + n] for n, v in values.items()
+        ]
+        return [name for part in nested for name in part]
+
+    for name in names(RegularizersConfig().model_dump(), ""):
+        group, _, last = name.rpartition(".")
+        assert f"`{name}`" in text or (f"`{group}." in text and f"`.{last}`" in text), name
 
 
 # Starts
