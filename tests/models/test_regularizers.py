@@ -511,6 +511,14 @@ def test_the_engine_adds_what_they_ask_for(alone: dict[str, Any], tmp_path: Path
     assert all(lower)
 
 
+def test_the_engine_tells_the_step(tmp_path: Path) -> None:
+    """Noise that is gone after the first step leads elsewhere than noise that stays."""
+    decays = ({"kind": "linear", "steps": 1}, {"kind": "constant"})
+    chosen = [{"noise": {"weights": 0.1, "decay": decay}} for decay in decays]
+    gone, stays = (regularised(tmp_path / str(i), 1, 0, c)["weights"] for i, c in enumerate(chosen))
+    assert any(not torch.equal(gone[name], stays[name]) for name in gone)
+
+
 @pytest.mark.parametrize(
     ("config", "key"),
     [
