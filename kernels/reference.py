@@ -10,7 +10,10 @@ Letters: T time, B batch, H = K P hidden units, K blocks of size P, G gates, R d
              zero, and nothing there is read: padding never leaks
     reverse  R flags: the hidden units are R equal groups, and a group whose flag is true runs from each row's last
              frame to its first. So both directions of a layer are one call
-    mask     (B, H), multiplies h before the recurrent weights at every step (variational dropout, Gal 2016)
+    mask     (B, H), multiplies h before the recurrent weights at every step (variational dropout, Gal 2016); here alone
+             also (T, B, H), another one at each step
+    noise    (T, B, H), added to what the mask left of h, before the recurrent weights; here alone
+    update   (T, B, H), multiplies what a GRU or LSTM would write, its n or g (Semeniuta et al. 2016); here alone
     zoneout  (rate of h, rate of c): a unit keeps its old value with that probability (Krueger et al. 2017,
              arXiv:1606.01305)
     keys     (B,) int64 names of the rows, from which zoneout is drawn; None takes the expectation, as evaluation does
@@ -83,6 +86,8 @@ def recurrence(
     cell: str,
     reverse: Sequence[bool],
     zoneout: Sequence[float],
+    noise: Tensor | None = None,
+    update: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every recurrence, see the module's text. The arguments are taken to be well formed."""
     gates, groups = GATES[cell], len(reverse)
@@ -102,7 +107,9 @@ def recurrence(
             "h0": None if h0 is None else h0[:, units],
             "c0": None if c0 is None else c0[:, units],
             "bias": None if bias is None else bias.unflatten(0, (-1, groups, size))[:, r].flatten(),
-            "mask": None if mask is None else mask[:, units],
+            "mask": None if mask is None else mask[..., units],
+            "noise": None if noise is None else noise[..., units],
+            "update": None if update is None else update[..., units],
         }
         outputs.append(
             _one_way(
@@ -144,6 +151,8 @@ def _one_way(
     bias: Tensor | None,
     lengths: Tensor | None,
     mask: Tensor | None,
+    noise: Tensor | None,
+    update: Tensor | None,
     cell: str,
     backwards: bool,
     zone: Zone,
@@ -157,7 +166,9 @@ def _one_way(
     outputs: list[Tensor] = [zeros] * num_steps
     # unbind once: indexing u[t] would allocate a whole gradient of u at every step
     for t, u_t in sorted(enumerate(u.unbind(0)), reverse=backwards):
-        new_h, new_c = _CELLS[cell](u_t, _recurrent(weight, added, h, mask, cell), h, c, bias)
+        mask_t = mask if mask is None or mask.ndim == 2 else mask[t]
+        v = _recurrent(weight, added, h, mask_t, None if noise is None else noise[t])
+        new_h, new_c = _CELLS[cell](u_t, v, h, c, bias, 1.0 if update is None else update[t])
         new_h = zone(t, 0, h, new_h)
         new_c = zone(t, 1, c, new_c) if cell == "lstm" else c
         alive = None if lengths is None else (t < lengths)[:, None]
@@ -170,12 +181,14 @@ def _one_way(
 Recurrent = Callable[[Tensor | float, slice], Tensor]
 
 
-def _recurrent(weight: Tensor, bias: Tensor | None, h: Tensor, mask: Tensor | None, cell: str) -> Recurrent:
-    """(scale of h, gates) -> those gates of W (scale * mask * h) + bias, (B, gates * H)."""
+def _recurrent(weight: Tensor, bias: Tensor | None, h: Tensor, mask: Tensor | None, noise: Tensor | None) -> Recurrent:
+    """(scale of h, gates) -> those gates of W (scale * (mask * h + noise)) + bias, (B, gates * H)."""
     size = h.shape[1]
+    masked = h if mask is None else h * mask
+    disturbed = masked if noise is None else masked + noise
 
     def apply(scale: Tensor | float, gates: slice) -> Tensor:
-        x = (h if mask is None else h * mask) * scale
+        x = disturbed * scale
         chosen = weight[gates]
         if weight.ndim == 4:
             v = torch.einsum("gkpq,bkq->bgkp", chosen, x.unflatten(-1, (weight.shape[1], -1))).flatten(1)
@@ -190,35 +203,35 @@ ALL = slice(None)
 
 
 def _rnn(activation: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., State]:
-    def step(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None) -> State:
+    def step(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None, k: Tensor | float) -> State:
         """Elman 1990."""
         return activation(u + v(1.0, ALL), bias), c
 
     return step
 
 
-def _gru(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None) -> State:
+def _gru(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None, k: Tensor | float) -> State:
     """Cho et al. 2014 in torch's form: the reset gate scales the recurrent term, bias and all."""
     ur, uz, un = u.chunk(3, -1)
     vr, vz, vn = v(1.0, ALL).chunk(3, -1)
     z = torch.sigmoid(uz + vz)
     n = torch.tanh(un + torch.sigmoid(ur + vr) * vn)
-    return (1 - z) * n + z * h, c
+    return (1 - z) * (k * n) + z * h, c
 
 
-def _gru_original(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None) -> State:
+def _gru_original(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None, k: Tensor | float) -> State:
     """Cho et al. 2014, arXiv:1406.1078, eq. 8: the reset gate scales the state that goes into the new term."""
     ur, uz, un = u.chunk(3, -1)
     vr, vz = v(1.0, slice(0, 2)).chunk(2, -1)
     z = torch.sigmoid(uz + vz)
     n = torch.tanh(un + v(torch.sigmoid(ur + vr), slice(2, 3)))
-    return (1 - z) * n + z * h, c
+    return (1 - z) * (k * n) + z * h, c
 
 
-def _lstm(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None) -> State:
+def _lstm(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None, k: Tensor | float) -> State:
     """Hochreiter & Schmidhuber 1997 with a forget gate (Gers et al. 2000)."""
     i, f, g, o = (u + v(1.0, ALL)).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * (k * torch.tanh(g))
     return torch.sigmoid(o) * torch.tanh(c), c
 
 

@@ -12,7 +12,6 @@ from trainer.data.dataset import Batch
 from trainer.data.generated import GeneratedConfig
 from trainer.data.synthetic import AddingConfig, AddingDataset
 from trainer.metrics import Loss
-from trainer.models.parametrizations import penalty
 from trainer.models.readout import Readout
 from trainer.models.rnn import RNNConfig
 from trainer.recipe import Recipe, RunConfig, Split, State, StepOutput
@@ -46,7 +45,7 @@ class Adding(Recipe[AddingRunConfig]):
         valid = batch["valid"]
         sums = model(batch["inputs"], batch["noise_keys"])[:, 0]  # (B,)
         errors = torch.where(valid, (sums - batch["targets"]).square(), 0.0).sum()
-        return StepOutput({"squared_error": Loss(errors, float(valid.sum()), "samples")}, penalty=penalty(model))
+        return StepOutput({"squared_error": Loss(errors, float(valid.sum()), "samples")})
 
 
 recipe = Adding

@@ -13,7 +13,6 @@ from trainer.data.dataset import Batch
 from trainer.data.generated import GeneratedConfig
 from trainer.data.synthetic import CopyingConfig, CopyingDataset
 from trainer.metrics import Loss, Mean
-from trainer.models.parametrizations import penalty
 from trainer.models.readout import Readout
 from trainer.models.rnn import RNNConfig
 from trainer.recipe import Recipe, RunConfig, Split, State, StepOutput
@@ -51,7 +50,7 @@ class Copying(Recipe[CopyingRunConfig]):
         logits = model(x, batch["noise_keys"])  # (B, T, V)
         targets = batch["targets"].masked_fill(~valid[:, None], -100)  # what cross_entropy leaves out
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        output = StepOutput({"copy": Loss(nats, float(valid.sum() * config.frames), "frames")}, penalty=penalty(model))
+        output = StepOutput({"copy": Loss(nats, float(valid.sum() * config.frames), "frames")})
         if not model.training:
             asked = targets[:, -config.num_recalled :]
             right = (logits[:, -config.num_recalled :].argmax(-1) == asked).sum()

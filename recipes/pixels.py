@@ -13,7 +13,6 @@ from trainer.data.generated import GeneratedConfig
 from trainer.data.images import ImagesConfig, ImagesDataset
 from trainer.data.parallel import Display
 from trainer.metrics import Loss, Mean
-from trainer.models.parametrizations import penalty
 from trainer.models.readout import Readout
 from trainer.models.rnn import RNNConfig
 from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
@@ -54,7 +53,7 @@ class Pixels(Recipe[PixelsRunConfig]):
         logits = model(batch["inputs"], batch["noise_keys"])  # (B, V)
         nats = torch.where(valid, F.cross_entropy(logits, targets, reduction="none"), 0.0).sum()
         count = float(valid.sum())
-        output = StepOutput({"classes": Loss(nats, count, "samples")}, penalty=penalty(model))
+        output = StepOutput({"classes": Loss(nats, count, "samples")})
         if not model.training:
             guesses = logits.argmax(-1)
             output.metrics["error"] = Mean(float(((guesses != targets) & valid).sum()), count)

@@ -23,7 +23,6 @@ from trainer.data.text import BLANK, PhonesConfig, Tokens
 from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
 from trainer.models.normalization import KeyedDropout
-from trainer.models.parametrizations import penalty
 from trainer.models.rnn import RNNConfig
 from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
 
@@ -135,7 +134,7 @@ class Speech(Recipe[SpeechRunConfig]):
         tokens = float((batch["label_lengths"] * batch["valid"]).sum())
         share = self.config.model.intermediate_ctc if middle is not None else 0.0
         loss = Loss(ctc(log_probs, lengths, batch), tokens, "tokens", 1 - share)
-        output = StepOutput({"ctc": loss}, penalty=penalty(model))
+        output = StepOutput({"ctc": loss})
         if middle is not None:
             output.losses["middle_ctc"] = Loss(ctc(middle, lengths, batch), tokens, "tokens", share)
         if not model.training:

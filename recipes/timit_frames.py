@@ -21,7 +21,6 @@ from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig, SpeechDataset
 from trainer.metrics import Loss, Mean
 from trainer.models.normalization import frame_mask
-from trainer.models.parametrizations import penalty
 from trainer.models.rnn import RNNConfig
 from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
 
@@ -104,9 +103,7 @@ class TimitFrames(Recipe[FramesRunConfig]):
         errors = ((outputs - targets).square().mean(-1) * mask).sum(1)  # (B,)
         count, rate = float(frames.sum()), self.config.data.sample_rate_hz / HOP
         # The plan counts seconds: a frame is 1 / rate of one.
-        output = StepOutput(
-            {"squared_error": Loss(errors.sum() / rate, count / rate, "seconds")}, penalty=penalty(model)
-        )
+        output = StepOutput({"squared_error": Loss(errors.sum() / rate, count / rate, "seconds")})
         if not model.training:
             output.metrics["mse"] = Mean(errors.sum(), count)
             output.rows = [

@@ -20,6 +20,7 @@ TINY = [
     "data.delay_steps=10",
     "data.num_train=60",
     "data.num_valid=10",
+    "data.num_test=10",
     "model.hidden_size=8",
     "validation.every_steps=3",
     "max_steps=6",
@@ -36,6 +37,7 @@ def write(folder: Path, **more: object) -> Path:
         "grid": {"optimizer.lr": [1e-3, 1e-2, 3e-2]},
         "seeds": [0, 1],
         "workers": 2,
+        "test": True,
         "runs_dir": str(folder / "runs"),
         **more,
     }
@@ -79,9 +81,12 @@ def test_every_combination_is_a_run_and_the_table_has_them(whole: Path) -> None:
     for row in rows:
         assert (whole / "runs/tiny" / row["run"] / "checkpoints/latest").exists()
         assert row["steps"] == 6
+        assert row["test"]["loss"] > 0
+        assert row["test"]["loss"] != row["best"]
     table = (whole / "runs/tiny/table.md").read_text()
     assert table.count("./launch.sh train copying/t1000") == 6
     assert "| optimizer.lr=0.03 |" in table
+    assert "| best loss | test loss |" in table
     assert (whole / "runs/tiny/curves.png").stat().st_size > 1000
 
 
@@ -170,6 +175,8 @@ def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
     rows = [
         {
             "variant": variant,
+            "label": variant,
+            "config": "copying/t1000",
             "seed": seed,
             "monitor": "loss",
             "best": best + seed,
@@ -183,12 +190,38 @@ def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
     first, second = sweeps.table(sweep, rows)
     assert first["best loss"] == "2 +- 1"
     assert first["paper"] == "1.5"
-    assert second["against the first (p)"] == "+2 (0.25)"
+    assert first["against the first, 95 % (p)"] == ""
+    assert second["against the first, 95 % (p)"] == "+2 +- 0 (0.25)"
     assert second["parameters"] == "21,764"
     assert second["seeds"] == "0, 1, 2"
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_variants_are_compared_within_a_configuration_and_validation_chooses_a_strength() -> None:
+    variants = {"plain": VariantConfig(), **{f"noise {s}": VariantConfig(family="noise") for s in (1, 2)}}
+    sweep = SweepConfig(config=("copying/t1000", "adding/t200"), variants=variants, test=True, seeds=(0, 1, 2))
+    points = sweeps.points(sweep, "a")
+    assert len({p.name for p in points}) == len(points) == 2 * 3 * 3
+    assert points[0].variant == "copying/t1000, plain"
+    valid = {("copying", "noise 1"): 2, ("copying", "noise 2"): 1, ("adding", "noise 1"): 1, ("adding", "noise 2"): 2}
+    rows = [
+        {
+            "variant": p.variant, "label": p.label, "config": p.config, "seed": p.seed, "monitor": "loss",
+            "best": valid.get((p.config.split("/")[0], p.label), 5), "parameters": 1, "steps": 1, "seconds": 60,
+            "test": {"loss": {"plain": 3.0, "noise 1": 4.0 + p.seed / 10, "noise 2": 5.0}[p.label] + p.seed},
+        }
+        for p in points
+    ]  # fmt: skip
+    lines = {line[""]: line for line in sweeps.table(sweep, rows)}
+    assert [name for name in lines if name.endswith("*")] == ["adding/t200, noise 1 *", "copying/t1000, noise 2 *"]
+    compared = "against the first, 95 % (p)"
+    assert lines["adding/t200, plain"][compared] == ""
+    assert lines["copying/t1000, noise 2 *"][compared] == "+2 +- 0 (0.25)"
+    # 0.1 +- t(2) 0.1 / sqrt 3
+    assert lines["adding/t200, noise 1 *"][compared] == "+1.1 +- 0.25 (0.25)"
+    assert lines["adding/t200, noise 1 *"]["test loss"] == "5.1 +- 1.1"
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_of_the_projects_sweeps_is_valid(path: Path) -> None:
     from trainer import recipe
 

@@ -179,17 +179,18 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 
 def deepspeed_config(
-    zero: ZeroConfig, optimizer: AdamWConfig | RMSpropConfig, precision: Precision, rounds: int
+    zero: ZeroConfig, optimizer: AdamWConfig | RMSpropConfig, precision: Precision, rounds: int, whole: bool = False
 ) -> dict[str, Any]:
     """The DeepSpeed JSON that follows from a run's configuration.
 
     Args:
         rounds: micro-batches that each rank runs a step.
+        whole: keep every weight on every rank at stage 3, for penalties, which look at them outside of a pass.
     """
     stage = zero.stage
     partition: dict[str, Any] = {"stage": stage, "reduce_bucket_size": int(zero.bucket_megabytes * 2**18)}
     if stage == 3:
-        partition |= {"stage3_param_persistence_threshold": SMALL, "sub_group_size": ONE_GROUP}
+        partition |= {"stage3_param_persistence_threshold": ONE_GROUP if whole else SMALL, "sub_group_size": ONE_GROUP}
     if zero.offload:
         partition["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     derived: dict[str, Any] = {
@@ -279,6 +280,7 @@ class Trained:
         model: on any device; weights equal on all ranks.
         zero, optimizer, precision: see their configs.
         rounds: micro-batches of each rank a step.
+        whole: see `deepspeed_config`.
 
     Attributes:
         model: call this; `module` is the bare one, whose weights at stage 3 are there only while it is called.
@@ -295,9 +297,10 @@ class Trained:
         optimizer: AdamWConfig | RMSpropConfig,
         precision: Precision,
         rounds: int,
+        whole: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed()
-        self.stage = zero.stage
+        self.stage, self._whole = zero.stage, whole
         self.module = model
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         everywhere = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
@@ -314,11 +317,19 @@ class Trained:
             model=model,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             optimizer=self.optimizer,
-            config=deepspeed_config(zero, optimizer, precision, rounds),
+            config=deepspeed_config(zero, optimizer, precision, rounds, whole),
         )
         self._gathered = deepspeed.zero.GatheredParameters
         self._partition = BY_STAGE[zero.stage](self.optimizer, self._wrapper)
         self.model.torch_autocast_z0_gradscaler = self._wrapper.torch_autocast_gradscaler = None  # see LossScale
+
+    def hold_weights(self) -> None:
+        """Where `whole` was asked for: have every weight on this rank, as at stage 3 the first pass gives back all
+        that it took."""
+        if self._whole and self.stage == 3:
+            missing: list[Any] = [p for p in self.names if p.shape != p.ds_shape]  # type: ignore[attr-defined]
+            if missing:
+                missing[0].all_gather(missing)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch; DeepSpeed divides by the rounds and averages over the ranks."""

@@ -29,11 +29,12 @@ from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.evaluation import Evaluator, left_out, to_device
 from trainer.models.block import recompute_blocks
 from trainer.models.normalization import update_statistics
+from trainer.models.regularizers import activation_losses, at_step, penalises_weights, weight_penalty
 from trainer.optim import Plateau, set_lr
 from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, START, board
 from trainer.position import Position
 from trainer.profiling import Profile
-from trainer.recipe import Recipe, State, StepOutput
+from trainer.recipe import Recipe, State, StepOutput, Wish
 from trainer.run import Ledger, LogFile, RunDirectory, read_quarantine
 from trainer.signals import StopSignals
 from trainer.spikes import Spikes
@@ -84,7 +85,8 @@ class Training:
         transfer.freeze(model, config.freeze)
         recompute_blocks(model, config.activation_checkpointing)
         model.to(ranks.device)
-        self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds)
+        whole = penalises_weights(model)
+        self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds, whole)
         board.at(START)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
         self.spikes = Spikes(config.spikes)
@@ -300,6 +302,7 @@ class Training:
         lr = config.optimizer.lr * config.schedule.factor(where.applied_steps, where.total_steps, self.plateau)
         set_lr(self.trained.optimizer, lr)
         self.trained.module.train()
+        at_step(self.trained.module, config.seed, where.step)
         sums: dict[str, float] = {}
         faults: list[Fault] = []
         applied = None
@@ -310,7 +313,9 @@ class Training:
                 faults += batch["faults"]
             board.at(FORWARD, where.step + 1, partial("samples {}".format, " ".join(batch["keys"])))
             state = self.carried.pop(micro_batch.number, None) if micro_batch is not None else None
-            output = self.recipe.step(self.trained.model, to_device(batch, self.ranks.device), state)
+            batch = to_device(batch, self.ranks.device)
+            output = self.recipe.step(self.trained.model, batch, state)
+            self._regularize(output, batch)
             if micro_batch is not None and output.state is not None:
                 self.carried[micro_batch.number] = {name: t.detach() for name, t in output.state.items()}
             board.at(BACKWARD)
@@ -361,6 +366,16 @@ class Training:
             self._roll_back(loss)
         if self._profile is not None:
             self._profile.step()
+
+    def _regularize(self, output: StepOutput, batch: Batch) -> None:
+        """Add what the model's regularisers ask for."""
+        output.losses |= activation_losses(self.trained.module, batch["valid"])
+        self.trained.hold_weights()
+        penalty = weight_penalty(self.trained.module)
+        if output.penalty is None or penalty is None:
+            output.penalty = penalty if output.penalty is None else output.penalty
+        else:
+            output.penalty = output.penalty + penalty
 
     def _scaled(self, output: StepOutput, step: Step) -> Tensor:
         """What to differentiate, so that after DeepSpeed's division by rounds and ranks each loss is divided by its
@@ -463,7 +478,21 @@ class Training:
                 except Exception as error:  # a picture must not end a run, least of all on one rank alone
                     log.warning("%s is missing in the table: %s", r.key, error)
             self.tracker.table(where.step, epoch, "valid/table", cells)
+        if self.ranks.first and self.config.validation.samples:
+            self._generate(epoch)
         return values, better
+
+    @torch.inference_mode()
+    def _generate(self, epoch: int) -> None:
+        """Have the validated copy of the model write some pieces; what fails here ends no run."""
+        cells: list[tuple[dict[str, str | float], Any]] = []
+        for seed in range(self.config.validation.samples):
+            try:
+                piece = self.recipe.generate(self.validation.model, Wish(seed))
+                cells.append(({"seed": seed, "text": piece.text}, piece.media))
+            except Exception as error:
+                log.warning("seed %d gave no piece: %s", seed, error)
+        self.tracker.table(self.position.step, epoch, "generated", cells)
 
     def _save_or_fail(self) -> None:
         """Have this step's checkpoint on the disk; without it the run must not end as if all were well."""

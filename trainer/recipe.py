@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
 from trainer.config import PROJECT, Config, Free
-from trainer.data.dataset import Batch, Dataset
+from trainer.data.dataset import Batch, Dataset, Media
 from trainer.data.generated import GeneratedConfig
 from trainer.data.plan import BucketedConfig
 from trainer.distributed import Precision, ZeroConfig
@@ -57,11 +57,37 @@ class StepOutput:
     losses: dict[str, Loss]
     metrics: dict[str, Mean] = field(default_factory=dict)
     penalty: Tensor | None = None
-    """Added once a step, whatever the accumulation and the number of ranks: a function of the weights alone."""
+    """Added once a step, whatever the accumulation and the number of ranks: a function of the weights alone. What the
+    model's regularisers ask for is not in it: the engine adds that."""
     rows: list[Row] = field(default_factory=list)
     """In evaluation: a row a sample."""
     state: State | None = None
     """For the next micro-batch of this number; the engine detaches it."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a recipe is asked to generate."""
+
+    seed: int = 0
+    length: int | None = None
+    """Of what is new, in the recipe's own steps (frames, characters, words); None: what the recipe finds fitting."""
+    temperature: float = 1.0
+    """Below 1 the likely becomes more likely."""
+    prompt: str | None = None
+    """What to go on from: text, or a file's name, as the recipe says."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One piece of text, music, ... that a model wrote."""
+
+    text: str
+    """What a person reads on the console: the piece itself, or what there is to say of it."""
+    files: dict[str, bytes]
+    """Contents by ending, such as ".mid"; the text is kept as it is."""
+    media: Media = field(default_factory=Media)
+    """To hear or see in W&B."""
 
 
 class ValidationConfig(Config):
@@ -73,6 +99,8 @@ class ValidationConfig(Config):
     """Stop after so many validations without a new best; null: never."""
     table_rows: Free[int] = Field(8, ge=0)
     """Utterances in the table of W&B, with sound."""
+    samples: Free[int] = Field(0, ge=0)
+    """Pieces that the model writes after each validation, from the seeds 0, 1, ..., for W&B; see the verb generate."""
 
 
 class RunConfig(Config):
@@ -183,6 +211,14 @@ class Recipe(Generic[C]):
         Places with `valid` false count 0 and still go through the model, so that all ranks run the same passes.
         """
         raise TypeError(f"{type(self).__name__} lacks step")
+
+    def generate(self, model: nn.Module, wish: Wish) -> Generated:
+        """One piece, drawn from the wish's seed alone; `model` is in evaluation mode, on the CPU or a GPU.
+
+        Raises:
+            UserError: the task has nothing to generate, or the wish cannot be met.
+        """
+        raise UserError(f"{self.config.name}: the recipe {self.config.recipe} has nothing to generate")
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         """Facts about the model for `plan` and the report, e.g. the share of the weights that is recurrent."""

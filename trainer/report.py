@@ -184,10 +184,12 @@ def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float
         "Curves": _curves(curves(train, valid, refused), folder) if rows else "<p>No step has been recorded yet.</p>",
         "Errors": _errors(evaluations, valid),
         f"Samples of {split}": _samples(evaluations.get(split), recipe, name, split, folder),
+        "Generated": _generated(run.path / "generated"),
         "Bad samples and refused steps": _faults(list(read_lines(run.quarantine)), refused) + damage,
         "Configuration": _configuration(recipe),
         "Versions and machine": _machine(state),
     }
+    sections = {title: text for title, text in sections.items() if text}
     parts = "".join((f"<h2>{escape(title)}</h2>" if title else "") + text for title, text in sections.items())
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -294,6 +296,29 @@ def _errors(evaluations: dict[str, dict[str, Any]], valid: Rows) -> str:
     if not lines:
         return "<p>Nothing has been validated or evaluated yet.</p>"
     return _table(lines, ("split", "", "errors, %", *(f"{part}, %" for part in PARTS)), numbers=4)
+
+
+EMBEDDED = {
+    ".png": '<img alt="{name}" src="data:image/png;base64,{data}">',
+    ".wav": '<audio controls preload="none" src="data:audio/wav;base64,{data}"></audio>',
+    ".txt": "<pre>{text}</pre>",
+}
+OTHER = '<p><a download="{name}" href="data:application/octet-stream;base64,{data}">{name}</a></p>'
+
+
+def _generated(folder: Path) -> str:
+    """What `generate` wrote, nothing where it was not run."""
+    parts = []
+    for path in sorted(p for p in folder.glob("*") if p.is_file()):
+        content = path.read_bytes()
+        parts.append(
+            EMBEDDED.get(path.suffix, OTHER).format(
+                name=escape(path.name),
+                data=base64.b64encode(content).decode(),
+                text=escape(content.decode("utf-8", "replace")),
+            )
+        )
+    return "".join(parts)
 
 
 def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, split: str, folder: Path) -> str:

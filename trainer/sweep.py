@@ -86,15 +86,20 @@ class VariantConfig(Config):
     """What a paper reports, for the table."""
     chance: float | None = None
     """What no learning gives, drawn as a line."""
+    family: str = ""
+    """Variants of one family differ in a strength. The one whose mean on validation is best stands for it: the table
+    marks it with a star."""
 
 
 class SweepConfig(Config):
     """A sweep."""
 
-    config: str | None = None
-    """CONFIG of `train`."""
+    config: str | tuple[str, ...] | None = None
+    """CONFIG of `train`; several of them: every variant is run with each, and compared with the first variant of it."""
     overrides: tuple[str, ...] = ()
     """key=value for every run."""
+    test: bool = False
+    """Score the best checkpoint of each run, as validation chose it, on the test split too."""
     variants: dict[str, VariantConfig] = Field(default_factory=dict)
     """Settings by name."""
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
@@ -128,6 +133,8 @@ class Point:
     seed: int
     config: str
     overrides: tuple[str, ...]
+    label: str = ""
+    """Of the variant in the file."""
 
     def command(self) -> str:
         """The same run by hand."""
@@ -151,18 +158,20 @@ def points(sweep: SweepConfig, name: str) -> list[Point]:
     """
     found = []
     for label, variant in (sweep.variants or {"": VariantConfig()}).items():
-        for settings in _settings(sweep, name):
+        given = variant.config or sweep.config
+        assert given is not None
+        configs = (given,) if isinstance(given, str) else given
+        for config, settings in itertools.product(configs, _settings(sweep, name)):
             chosen = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-            config = variant.config or sweep.config
-            assert config is not None
-            line = ", ".join([*([label] if label else []), *chosen]) or config
+            where = [config] if len(configs) > 1 else []
+            line = ", ".join([*where, *([label] if label else []), *chosen]) or config
             overrides = (*sweep.overrides, *variant.overrides, *chosen)
             digest = hashlib.sha256(json.dumps([config, overrides]).encode()).hexdigest()[:6]
             slug = re.sub(r"[^A-Za-z0-9.]+", "-", line).strip("-")[:60]
             for seed in sweep.seeds:
                 more = (f"seed={seed}", f"runs_dir={sweep.runs_dir / name}", f"name={slug}-{digest}-s{seed}")
                 quiet = (f"tracking.group={name}", "tracking.tags=[sweep]")
-                found.append(Point(more[2][5:], line, seed, config, (*quiet, *overrides, *more)))
+                found.append(Point(more[2][5:], line, seed, config, (*quiet, *overrides, *more), label))
     return found
 
 
@@ -188,7 +197,7 @@ def result_of(sweep: SweepConfig, name: str, point: Point) -> dict[str, Any] | N
 # Workers
 
 
-def work(number: int, folder: str, threads: int, parent: int, pipe: Connection) -> None:
+def work(number: int, folder: str, threads: int, parent: int, pipe: Connection, test: bool) -> None:
     """A worker process: runs what comes through the pipe until it is closed or a signal asks to stop."""
     die_with_parent(parent)
     log = os.open(f"{folder}/worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -213,7 +222,10 @@ def work(number: int, folder: str, threads: int, parent: int, pipe: Connection) 
                 break
             handlers = list(logging.getLogger().handlers)
             try:
-                answer: tuple[str, Any] = ("done", _probe(point, ranks) if probe else _train(point, ranks, signals))
+                answer: tuple[str, Any] = (
+                    "done",
+                    _probe(point, ranks) if probe else _train(point, ranks, signals, test),
+                )
             except RequeueError:
                 answer = ("stopped", None)
             except UserError as error:
@@ -227,16 +239,23 @@ def work(number: int, folder: str, threads: int, parent: int, pipe: Connection) 
         distributed.stop()
 
 
-def _train(point: Point, ranks: Any, signals: StopSignals) -> dict[str, Any]:
+def _train(point: Point, ranks: Any, signals: StopSignals, test: bool) -> dict[str, Any]:
     """Run a point to its end; the row of its result, which lies in its folder then."""
-    from trainer import recipe
+    from trainer import checkpoint, recipe
     from trainer.engine import Training
+    from trainer.evaluation import Evaluator
 
     training = Training(recipe.load(point.config, point.overrides), ranks, signals)
     values = training.fit()
+    tested = {}
+    if test:
+        best = checkpoint.best(training.run.checkpoints)
+        tested = Evaluator(training.recipe, "test", ranks).run(best.weights()).values
     row = {
         "run": point.name,
         "variant": point.variant,
+        "label": point.label,
+        "config": point.config,
         "seed": point.seed,
         "monitor": training.recipe.monitor,
         "best": training.plateau.best,
@@ -245,6 +264,7 @@ def _train(point: Point, ranks: Any, signals: StopSignals) -> dict[str, Any]:
         "seconds": training.position.train_seconds,
         "parameters": sum(p.numel() for p in training.trained.module.parameters()),
         "last": values,
+        "test": tested,
         "command": point.command(),
     }
     path = training.run.path / RESULT
@@ -277,17 +297,18 @@ class Workers:
     Args:
         count: of them.
         folder: of the sweep.
+        test: see `SweepConfig`.
     """
 
-    def __init__(self, count: int, folder: Path) -> None:
-        self.folder, self.count = folder, count
+    def __init__(self, count: int, folder: Path, test: bool = False) -> None:
+        self.folder, self.count, self.test = folder, count, test
         self._context = get_context("spawn")
         self._threads = max(1, len(os.sched_getaffinity(0)) // count)
         self._running: dict[int, tuple[Any, Connection]] = {}
 
     def _start(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
-        arguments = (number, str(self.folder), self._threads, os.getpid(), theirs)
+        arguments = (number, str(self.folder), self._threads, os.getpid(), theirs, self.test)
         process = self._context.Process(target=work, args=arguments)  # not a daemon: a run has loaders
         process.start()
         theirs.close()
@@ -367,7 +388,7 @@ def run(sweep: SweepConfig, name: str, say: Callable[[str], None]) -> list[dict[
     done = {point.name: row for point in every if (row := result_of(sweep, name, point)) is not None}
     todo = [point for point in every if point.name not in done]
     failures: list[str] = []
-    workers = Workers(min(sweep.workers or default_workers(), max(1, len(todo))), folder)
+    workers = Workers(min(sweep.workers or default_workers(), max(1, len(todo))), folder, sweep.test)
     try:
         with StopSignals() as signals:
             say(f"{len(every)} runs, {len(done)} finished, {workers.count} at a time")
@@ -420,24 +441,35 @@ def _estimate(todo: list[Point], rows: list[dict[str, Any]], workers: Workers, s
 
 
 def table(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A line a variant: mean and spread over the seeds, and the difference from the first variant, paired by seed."""
+    """A line a variant: mean and spread over the seeds, and the difference from the first variant, paired by seed.
+
+    Where there are several configurations, a variant is compared with the first one of its own.
+    """
     by_variant: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         by_variant.setdefault(row["variant"], {})[row["seed"]] = row
-    lines, first = [], next(iter(by_variant.values()), {})
+    several = not isinstance(sweep.config, str | None)
+    if several:  # what is compared stands together
+        by_variant = dict(sorted(by_variant.items(), key=lambda item: next(iter(item[1].values()))["config"]))
+    firsts: dict[str, dict[int, Mapping[str, Any]]] = {}
+    lines, chosen = [], _chosen(sweep, by_variant)
     papers = any(v.paper for v in sweep.variants.values())
     for variant, runs in by_variant.items():
-        best = [row["best"] for row in runs.values()]
-        spread = f" +- {statistics.stdev(best):.2g}" if len(best) > 1 else ""
         last = next(iter(runs.values()))
-        line = {"": variant, f"best {last['monitor']}": f"{statistics.fmean(best):.4g}{spread}"}
-        shared = [seed for seed in runs if seed in first]
-        pairs = [runs[seed]["best"] - first[seed]["best"] for seed in shared]
-        line["against the first (p)"] = f"{statistics.fmean(pairs):+.2g} ({sign_flip_test(pairs):.2g})" if pairs else ""
-        if runs is first:
-            line["against the first (p)"] = ""
+        first = firsts.setdefault(last["config"] if several else "", runs)
+        line = {"": f"{variant} *" if variant in chosen else variant}
+        columns = {f"best {last['monitor']}": _best}
+        if sweep.test:
+            columns[f"test {last['monitor']}"] = _tested
+        for name, value in columns.items():
+            values = [value(row) for row in runs.values()]
+            spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            line[name] = f"{statistics.fmean(values):.4g}{spread}"
+        compared = _tested if sweep.test else _best
+        pairs = [compared(runs[seed]) - compared(first[seed]) for seed in runs if seed in first]
+        line["against the first, 95 % (p)"] = "" if runs is first or not pairs else _difference(pairs)
         if papers:
-            named = [v.paper for label, v in sweep.variants.items() if variant.startswith(label)]
+            named = [v.paper for label, v in sweep.variants.items() if _label(last, label)]
             line["paper"] = named[0] if named else ""
         line["parameters"] = f"{last['parameters']:,}"
         line["steps"] = f"{last['steps']:,}"
@@ -445,6 +477,43 @@ def table(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
         line["seeds"] = ", ".join(map(str, runs))
         lines.append(line)
     return lines
+
+
+def _best(row: Mapping[str, Any]) -> float:
+    return float(row["best"])
+
+
+def _tested(row: Mapping[str, Any]) -> float:
+    return float(row["test"][row["monitor"]])
+
+
+def _label(row: Mapping[str, Any], label: str) -> bool:
+    return bool(row["label"] == label)
+
+
+def _chosen(sweep: SweepConfig, by_variant: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> set[str]:
+    """Of each family and configuration the variant with the best mean on validation."""
+    best: dict[tuple[str, str], tuple[float, str]] = {}
+    for variant, runs in by_variant.items():
+        row = next(iter(runs.values()))
+        family = sweep.variants[row["label"]].family if row["label"] in sweep.variants else ""
+        if family:
+            place = (family, row["config"])
+            best[place] = min(best.get(place, (math.inf, "")), (statistics.fmean(map(_best, runs.values())), variant))
+    return {variant for _, variant in best.values()}
+
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % points of Student's t with 1, 2, ... degrees of freedom."""
+
+
+def _difference(pairs: Sequence[float]) -> str:
+    """Mean of paired differences, half of its 95 % interval by Student's t, and the p-value of the signs."""
+    half, freedom = "", len(pairs) - 1
+    if freedom:
+        t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.5 / freedom  # to 1 %
+        half = f" +- {t * statistics.stdev(pairs) / math.sqrt(len(pairs)):.2g}"
+    return f"{statistics.fmean(pairs):+.2g}{half} ({sign_flip_test(pairs):.2g})"
 
 
 def sign_flip_test(differences: Sequence[float]) -> float:

@@ -237,17 +237,20 @@ class Tracker:
         return not self.active or self._metrics.flush()
 
     def table(self, step: int, epoch: int, name: str, rows: Sequence[tuple[dict[str, str | float], Media]]) -> None:
-        """A table with sound in W&B."""
+        """A table with sound and pictures in W&B."""
         if self._run is None or not rows:
             return
         try:
             import wandb
 
-            columns = [*rows[0][0], *(["audio"] if rows[0][1].audio is not None else [])]
-            table = wandb.Table(columns=columns)
+            kinds = [kind for kind in ("audio", "picture") if getattr(rows[0][1], kind) is not None]
+            table = wandb.Table(columns=[*rows[0][0], *kinds])
+            show = {
+                "audio": lambda media: wandb.Audio(media.audio, sample_rate=media.sample_rate_hz),
+                "picture": lambda media: wandb.Image(media.picture),
+            }
             for cells, media in rows:
-                sound = [] if media.audio is None else [wandb.Audio(media.audio, sample_rate=media.sample_rate_hz)]
-                table.add_data(*cells.values(), *sound)
+                table.add_data(*cells.values(), *(show[kind](media) for kind in kinds))
         except Exception as error:
             log.warning("the W&B table was not made: %s", error)
             return

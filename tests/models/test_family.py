@@ -19,6 +19,7 @@ from trainer.models.initialization import (
     RotationsConfig,
     SparseRadiusConfig,
 )
+from trainer.models.linear import linear
 from trainer.models.parametrizations import (
     BoundedConfig,
     CayleyConfig,
@@ -28,9 +29,9 @@ from trainer.models.parametrizations import (
     SpectralNormConfig,
     SpectralRadiusConfig,
     attach,
-    penalty,
 )
-from trainer.models.rnn import RNN, RNNConfig, linear
+from trainer.models.regularizers import weight_penalty
+from trainer.models.rnn import RNN, RNNConfig
 from trainer.models.structure import (
     BandedConfig,
     BlockDiagonalConfig,
@@ -297,14 +298,14 @@ def test_soft_orthogonality_is_a_penalty_that_training_lowers() -> None:
     layer = next(rnn.recurrent_layers())
     w = layer.weight_hh.weight.detach()
     want = 0.1 * (w.T @ w - torch.eye(12)).square().sum()
-    torch.testing.assert_close(penalty(rnn), want)
+    torch.testing.assert_close(weight_penalty(rnn), want)
     optimizer = torch.optim.SGD(rnn.parameters(), lr=0.3)
     for _ in range(200):
         optimizer.zero_grad()
-        penalty(rnn).backward()
+        weight_penalty(rnn).backward()
         optimizer.step()
-    assert penalty(rnn) < 1e-4 * want
-    assert penalty(stack()) is None
+    assert weight_penalty(rnn) < 1e-4 * want
+    assert weight_penalty(stack()) is None
 
 
 def test_a_bound_holds_and_lets_what_overshot_come_back() -> None:

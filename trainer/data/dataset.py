@@ -42,6 +42,8 @@ class Media:
     sample_rate_hz: int = 16000
     image: NDArray[Any] | None = None
     """(bands, frames), drawn with time to the right."""
+    picture: NDArray[Any] | None = None
+    """(rows, columns) grey from 0 to 255, shown as it is."""
     captions: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,7 +1,8 @@
-"""The plan of samples of one length: a batch is a number of them. And what data sets have in common that follow it.
+"""The plan of samples in memory: a batch is a number of them. And what data sets have in common that follow it.
 
 For data that is made when it is asked for (sample i is a function of the seed and of i), and for any that lies in
-memory, such as images. Each epoch is an order of the numbers 0 .. N - 1, drawn by hashes, cut into micro-batches.
+memory, such as images. Each epoch is an order of the numbers 0 .. N - 1, drawn by hashes, cut into micro-batches. Where
+lengths differ, samples of similar length come together: pools of steps are sorted by length, and their steps shuffled.
 """
 
 import zlib
@@ -19,9 +20,12 @@ from trainer.config import Config
 from trainer.data.dataset import Batch, Media
 from trainer.data.plan import MicroBatch, Rejection, Step, Steps
 
+POOL = 8
+"""Steps whose samples are sorted by length together."""
+
 
 class GeneratedConfig(Config):
-    """Batches of a number of samples, all of one length."""
+    """Batches of a number of samples."""
 
     kind: Literal["generated"] = "generated"
     micro_batch_samples: PositiveInt = 20
@@ -37,12 +41,17 @@ class GeneratedSteps(Steps):
         epoch: its number.
         order: of the samples.
         config: sizes.
-        frames: of each sample.
+        frames: of all samples, or of each (N,).
         numbers: which of the steps; None: all.
     """
 
     def __init__(
-        self, epoch: int, order: NDArray[np.int64], config: GeneratedConfig, frames: int, numbers: range | None = None
+        self,
+        epoch: int,
+        order: NDArray[np.int64],
+        config: GeneratedConfig,
+        frames: int | NDArray[np.int64],
+        numbers: range | None = None,
     ) -> None:
         self._epoch, self._order, self._config, self._frames = epoch, order, config, frames
         size = config.micro_batch_samples * config.micro_batches_per_step
@@ -69,11 +78,13 @@ class GeneratedSteps(Steps):
         whole = size * self._config.micro_batches_per_step
         samples = self._order[number * whole :][:whole].tolist()
         parts = [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
+        f = self._frames
+        frames = [np.full(len(part), f) if isinstance(f, int) else f[list(part)] for part in parts]
         micro_batches = tuple(
-            MicroBatch(self._epoch, number, m, part, (1.0,) * len(part), float(len(part) * self._frames))
-            for m, part in enumerate(parts)
+            MicroBatch(self._epoch, number, m, part, (1.0,) * len(part), float(len(part) * lengths.max()))
+            for m, (part, lengths) in enumerate(zip(parts, frames, strict=True))
         )
-        counts = {"samples": float(len(samples)), "frames": float(len(samples) * self._frames)}
+        counts = {"samples": float(len(samples)), "frames": float(sum(int(part.sum()) for part in frames))}
         return Step(micro_batches, counts, last=number == self._total - 1)
 
 
@@ -83,15 +94,17 @@ class GeneratedPlan:
     Args:
         config: sizes.
         num_samples: N.
-        frames: of each sample.
+        frames: of all samples, or of each (N,).
         seed: of the run.
-        shuffle: false keeps them in order (validation and test).
+        shuffle: false keeps them in order (validation and test), which is that of their lengths where those differ.
     """
 
     rejections: Sequence[Rejection] = ()
     suspicions: Sequence[Rejection] = ()
 
-    def __init__(self, config: GeneratedConfig, num_samples: int, frames: int, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, config: GeneratedConfig, num_samples: int, frames: int | NDArray[np.int64], seed: int, shuffle: bool
+    ) -> None:
         self.config, self.num_samples, self.frames, self.seed, self.shuffle = config, num_samples, frames, seed, shuffle
 
     @property
@@ -105,7 +118,22 @@ class GeneratedPlan:
             order = keyed.permutation(self.num_samples, self.seed, epoch, "samples")
         if out := [int(key) for key in excluded if key.isdigit()]:
             order = order[~np.isin(order, out)]
+        if not isinstance(self.frames, int):
+            order = self._by_length(order, epoch)
         return GeneratedSteps(epoch, order, self.config, self.frames)
+
+    def _by_length(self, order: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Bring samples of similar length together."""
+        assert not isinstance(self.frames, int)
+        lengths: NDArray[np.int64] = self.frames[order]
+        if not self.shuffle:
+            return order[np.argsort(lengths, kind="stable")]
+        step = self.config.micro_batch_samples * self.config.micro_batches_per_step
+        pools = np.arange(len(order)) // (step * POOL)
+        order = order[np.lexsort((lengths, pools))]
+        whole = len(order) // step * step  # the short step stays the last
+        steps = order[:whole].reshape(-1, step)[keyed.permutation(whole // step, self.seed, epoch, "steps")]
+        return np.concatenate([steps.reshape(-1), order[whole:]])
 
 
 class GeneratedDataset:

@@ -140,6 +140,8 @@ def _lacks(config: RNNConfig) -> list[str]:
         lacks.append("residual = true: the module does not add a layer's input to its output")
     if config.dropout:
         lacks.append(f"dropout = {config.dropout:g}: the module drops nothing in training")
+    if active := ", ".join(config.regularizers.active()):
+        lacks.append(f"regularizers ({active}): the module has none")
     if config.directions == "sum":
         lacks.append("directions = sum: the module's output has both directions side by side, to be added")
     return lacks

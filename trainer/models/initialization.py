@@ -56,6 +56,48 @@ class IdentityConfig(_DrawnConfig):
         return torch.eye(size, dtype=torch.float64) * self.scale
 
 
+class _FreeShapeConfig(_DrawnConfig):
+    def numbers(self, rows: int, columns: int) -> Tensor:
+        """One matrix of a gate, (units, inputs)."""
+        raise TypeError(f"{type(self).__name__} lacks numbers")
+
+    def matrix(self, size: int) -> Tensor:
+        return self.numbers(size, size).double()
+
+
+class GaussianConfig(_FreeShapeConfig):
+    """Independent normal numbers of one standard deviation."""
+
+    kind: Literal["gaussian"] = "gaussian"
+    std: float = Field(0.01, gt=0)
+
+    def numbers(self, rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns) * self.std
+
+
+class GlorotConfig(_FreeShapeConfig):
+    """Uniform in +- gain sqrt(6 / (inputs + units)) (Glorot & Bengio 2010, eq. 16)."""
+
+    kind: Literal["glorot"] = "glorot"
+    gain: float = Field(1.0, gt=0)
+
+    def numbers(self, rows: int, columns: int) -> Tensor:
+        bound = self.gain * math.sqrt(6 / (rows + columns))
+        return torch.empty(rows, columns).uniform_(-bound, bound)
+
+
+class SparseConfig(_FreeShapeConfig):
+    """A few Gaussian numbers in each column, the rest zero (Martens 2010)."""
+
+    kind: Literal["sparse"] = "sparse"
+    nonzero: PositiveInt = 15
+    """Numbers in each column."""
+    std: float = Field(0.01, gt=0)
+
+    def numbers(self, rows: int, columns: int) -> Tensor:
+        return thinned(torch.randn(rows, columns) * self.std, self.nonzero)
+
+
 class OrthogonalConfig(_DrawnConfig):
     """Rotations (determinant 1), all equally likely (Saxe et al. 2014, arXiv:1312.6120)."""
 
@@ -89,7 +131,11 @@ class RotationsConfig(_DrawnConfig):
 
 
 class SparseRadiusConfig(_DrawnConfig):
-    """A few Gaussian numbers in each column, all scaled to a spectral radius (Sutskever et al. 2013)."""
+    """A few Gaussian numbers in each column, all scaled to a spectral radius (Sutskever et al. 2013).
+
+    The scale is set after the zeros. The other way round, as in the fast-dropout class of breze, 400 units with 15
+    numbers a column come to a radius of about 0.235 where 1.2 was asked for.
+    """
 
     kind: Literal["sparse_radius"] = "sparse_radius"
     nonzero: PositiveInt = 15
@@ -98,16 +144,30 @@ class SparseRadiusConfig(_DrawnConfig):
     """Largest absolute eigenvalue of each matrix."""
 
     def matrix(self, size: int) -> Tensor:
-        matrix = torch.randn(size, size, dtype=torch.float64)
-        rank = torch.rand(size, size).argsort(0).argsort(0)  # of each column, an order of its rows
-        matrix[rank >= self.nonzero] = 0.0
+        matrix = thinned(torch.randn(size, size, dtype=torch.float64), self.nonzero)
         radius = torch.linalg.eigvals(matrix).abs().max()
         return matrix * (self.radius / radius.clamp_min(1e-12))
 
 
+def thinned(matrix: Tensor, nonzero: int) -> Tensor:
+    """Leave so many numbers of each column, at places drawn at random."""
+    rank = torch.rand(matrix.shape).argsort(0).argsort(0)  # of each column, an order of its rows
+    return matrix.masked_fill(rank >= nonzero, 0.0)
+
+
 InitializationConfig = Annotated[
-    DefaultConfig | IdentityConfig | OrthogonalConfig | RotationsConfig | SparseRadiusConfig,
+    DefaultConfig
+    | IdentityConfig
+    | GaussianConfig
+    | GlorotConfig
+    | SparseConfig
+    | OrthogonalConfig
+    | RotationsConfig
+    | SparseRadiusConfig,
     Field(discriminator="kind"),
+]
+InputInitializationConfig = Annotated[
+    DefaultConfig | GaussianConfig | GlorotConfig | SparseConfig, Field(discriminator="kind")
 ]
 ROTATIONS = ("default", "identity", "orthogonal", "rotations")
 """Kinds that an orthogonal parametrisation can start from."""

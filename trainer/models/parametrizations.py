@@ -341,14 +341,3 @@ def attach(config: ParametrizationConfig, structure: Structure) -> None:
             )
         parametrize.register_parametrization(structure, "weight", built)
     structure.reset_parameters()
-
-
-def penalty(model: nn.Module) -> Tensor | None:
-    """The sum of what a model's parametrisations add to the loss; None if none does."""
-    terms = []
-    for module in model.modules():
-        if isinstance(module, Structure) and parametrize.is_parametrized(module, "weight"):
-            rule = module.parametrizations.weight[0]  # type: ignore[union-attr,index]
-            if isinstance(rule, SoftOrthogonal):
-                terms.append(rule.penalty(module.weight))
-    return torch.stack(terms).sum() if terms else None

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from trainer.models.rnn import RNNConfig, linear
+from trainer.models.linear import linear
+from trainer.models.rnn import RNNConfig
 
 
 class Output(nn.Linear):

@@ -1,4 +1,4 @@
-"""A stack of recurrent layers over time: structure x cell, directions, normalisation, residuals, dropout.
+"""A stack of recurrent layers over time: structure x cell, directions, normalisation, residuals, regularisers.
 
 The stack takes padded batches with lengths. It transposes to time-major once, and padding never reaches a real frame:
 the backward direction starts at each row's own last frame.
@@ -7,19 +7,23 @@ the backward direction starts at each row's own last frame.
 import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 import kernels
+from kernels import reference
 from trainer.config import Config
 from trainer.models.block import Block
 from trainer.models.cells import GATES, TORCH, CellConfig, LSTMConfig
-from trainer.models.initialization import ROTATIONS, DefaultConfig, InitializationConfig
+from trainer.models.initialization import ROTATIONS, DefaultConfig, InitializationConfig, InputInitializationConfig
+from trainer.models.linear import linear, recurrent_term, reverse_rows
 from trainer.models.normalization import KeyedDropout, NormKind, build_norm, frame_mask
 from trainer.models.parametrizations import ORTHOGONAL, FreeConfig, ParametrizationConfig, attach
+from trainer.models.regularizers import Drawn, Regularizer, RegularizersConfig
+from trainer.models.regularizers import fast_dropout as moments
 from trainer.models.structure import DenseConfig, Structure, StructureConfig
 
 log = logging.getLogger(__name__)
@@ -44,6 +48,8 @@ class RNNConfig(Config):
     """Of the recurrent matrices."""
     input_range: PositiveFloat | None = None
     """Weights of the input start uniform in +- this; null: 1 / sqrt(hidden_size)."""
+    input_initialization: InputInitializationConfig = DefaultConfig()
+    """Of the input weights, in place of `input_range`."""
     directions: Literal["forward", "concat", "sum"] = "forward"
     """forward alone, or both: concatenated to 2 H, or added to H."""
     norm: NormKind = "layer"
@@ -52,6 +58,8 @@ class RNNConfig(Config):
     """Add a layer's input to its output where their sizes agree."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Of each layer's output."""
+    regularizers: RegularizersConfig = RegularizersConfig()
+    """Noise, dropout of other kinds, norms; see docs/regularizers.md."""
 
     @model_validator(mode="after")
     def _choices_fit(self) -> "RNNConfig":
@@ -83,6 +91,12 @@ class RNNConfig(Config):
                 )
         if start != "default" and kind == "low_rank":
             raise ValueError(f"initialization.kind = {start} with structure.kind = low_rank: take default")
+        if self.input_range is not None and self.input_initialization.kind != "default":
+            drawn = self.input_initialization.kind
+            raise ValueError(f"input_range = {self.input_range} with input_initialization.kind = {drawn}: take one")
+        plain = self.norm == "none" and self.directions == "forward" and not self.residual
+        if refusal := self.regularizers.refusal(self.cell.name, plain):
+            raise ValueError(f"regularizers.{refusal}")
         return self
 
     @property
@@ -105,12 +119,23 @@ class RecurrentLayer(nn.Module):
         config: cell, structure, parametrisation.
         input_size: D.
         reverse: run from the last frame to the first.
+        regularizer: of the stack, None for none.
+        name: tells the layer from the others of its stack.
     """
 
-    def __init__(self, config: RNNConfig, input_size: int, reverse: bool = False) -> None:
+    def __init__(
+        self,
+        config: RNNConfig,
+        input_size: int,
+        reverse: bool = False,
+        regularizer: Regularizer | None = None,
+        name: str = "",
+    ) -> None:
         super().__init__()
         self.cell, self.structure = config.cell, config.structure.kind
-        self.reverse = reverse
+        self.reverse, self.name = reverse, name
+        self._regularizer = (regularizer,)  # in a tuple, as it is the stack's submodule and not this one's
+        self.input_initialization = config.input_initialization
         self.hidden_size = config.hidden_size
         self.input_range = config.input_range or config.hidden_size**-0.5
         rows = GATES[config.cell.kind] * config.hidden_size
@@ -124,7 +149,12 @@ class RecurrentLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         bound = self.hidden_size**-0.5
-        nn.init.uniform_(self.weight_ih, -self.input_range, self.input_range)
+        if isinstance(self.input_initialization, DefaultConfig):
+            nn.init.uniform_(self.weight_ih, -self.input_range, self.input_range)
+        else:
+            gates = self.weight_ih.unflatten(0, (-1, self.hidden_size))
+            with torch.no_grad():
+                gates.copy_(torch.stack([self.input_initialization.numbers(*gate.shape) for gate in gates]))
         if self.bias_ih is None:
             nn.init.zeros_(self.bias_hh)
             return
@@ -134,27 +164,52 @@ class RecurrentLayer(nn.Module):
             with torch.no_grad():
                 self.bias_ih[self.hidden_size : 2 * self.hidden_size] += self.cell.forget_bias
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Weights of input and recurrence as this pass sees them, looked at once: each look forms parametrised ones
+        anew. The second is what `Structure.blocks` gives."""
+        matrix = self.weight_hh.blocks()
+        (regularizer,) = self._regularizer
+        if regularizer is None:
+            return self.weight_ih, matrix
+        return (
+            regularizer.weights(self.weight_ih, f"{self.name}.weight_ih", recurrent=False),
+            regularizer.weights(matrix, f"{self.name}.weight_hh", recurrent=True, sparse=not self.weight_hh.has_kernel),
+        )
 
-def run(ways: Sequence[RecurrentLayer], x: Tensor, lengths: Tensor | None, states: Sequence[State | None]) -> Output:
+
+def run(
+    ways: Sequence[RecurrentLayer],
+    x: Tensor,
+    lengths: Tensor | None,
+    states: Sequence[State | None],
+    drawn: Drawn | None = None,
+) -> Output:
     """One layer: its directions over the same input.
 
     Args:
         ways: equal in all but weights and direction.
         states: of each direction, None for zeros.
+        drawn: what disturbs it, None for nothing.
 
     Shape:
         x: (T, B, D), lengths: (B,), None for T each
         returns: (T, B, R H), the directions side by side, with zeros past each length, and the last state of each
     """
-    matrices = [way.weight_hh.blocks() for way in ways]  # looked at once: each look forms parametrised ones anew
+    drawn = drawn or Drawn()
+    inputs, matrices = zip(*(way.weights() for way in ways), strict=True)
     if not ways[0].weight_hh.has_kernel:
         _say_once(f"structure.kind = {ways[0].structure}: runs as a dense matrix, since no kernel knows the structure")
-    if matrices[0].ndim == 4 and matrices[0].shape[1] == 1 and torch_is_faster(ways[0].cell, matrices[0]):
-        given = zip(ways, matrices, states, strict=True)
-        outputs = [_torch(way, matrix.flatten(0, 2), x, lengths, state) for way, matrix, state in given]
+    if (
+        drawn.calm
+        and matrices[0].ndim == 4
+        and matrices[0].shape[1] == 1
+        and torch_is_faster(ways[0].cell, matrices[0])
+    ):
+        given = zip(ways, inputs, matrices, states, strict=True)
+        outputs = [_torch(way, w_ih, w_hh.flatten(0, 2), x, lengths, state) for way, w_ih, w_hh, state in given]
         y = outputs[0][0] if len(ways) == 1 else torch.cat([y for y, _ in outputs], -1)
         return y, [last for _, last in outputs]
-    return _kernel(ways, matrices, x, lengths, states)
+    return _kernel(ways, inputs, matrices, x, lengths, states, drawn)
 
 
 @lru_cache(maxsize=64)
@@ -174,14 +229,14 @@ def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
 
 
 def _torch(
-    way: RecurrentLayer, weight_hh: Tensor, x: Tensor, lengths: Tensor | None, state: State | None
+    way: RecurrentLayer, weight_ih: Tensor, weight_hh: Tensor, x: Tensor, lengths: Tensor | None, state: State | None
 ) -> tuple[Tensor, State]:
     """One direction on a padded batch; causal, so padding comes after. The last state is right for rows of T frames."""
     x = reverse_rows(x, lengths) if way.reverse else x
     zeros = x.new_zeros(x.shape[1], way.hidden_size)
     first = [s[None] for s in state or (zeros, zeros)]
     assert way.bias_ih is not None
-    weights = [way.weight_ih, weight_hh, way.bias_ih, way.bias_hh]
+    weights = [weight_ih, weight_hh, way.bias_ih, way.bias_hh]
     options = (True, 1, 0.0, way.training, False, False)  # biases, layers, dropout, train, both ways, batch first
     if isinstance(way.cell, LSTMConfig):
         y, *last = torch.lstm(x, first, weights, *options)
@@ -195,10 +250,12 @@ def _torch(
 
 def _kernel(
     ways: Sequence[RecurrentLayer],
+    inputs: Sequence[Tensor],
     matrices: Sequence[Tensor],
     x: Tensor,
     lengths: Tensor | None,
     states: Sequence[State | None],
+    drawn: Drawn,
 ) -> Output:
     """All directions in one call: more units side by side, some of which run backwards."""
     cell = ways[0].cell
@@ -212,65 +269,35 @@ def _kernel(
         )
 
     biases = [way.bias_ih for way in ways if way.bias_ih is not None]
-    u = linear(x, side_by_side([way.weight_ih for way in ways]), side_by_side(biases) if biases else None)
+    u = linear(x, side_by_side(inputs), side_by_side(biases) if biases else None)
+    matrix = matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), 1)
     given = [state for state in states if state is not None]
     first = [torch.cat(parts, -1) for parts in zip(*given, strict=True)] if given else []
-    y, *last = kernels.recurrence(
-        u,
-        matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), 1),
-        *first,
-        cell=cell.name,
-        bias=side_by_side([way.bias_hh for way in ways]),
-        lengths=lengths,
-        reverse=[way.reverse for way in ways],
-    )
+    bias, reverse = side_by_side([way.bias_hh for way in ways]), [way.reverse for way in ways]
+    if (reason := drawn.needs_loop(cell.name)) is not None:
+        _say_once(f"{cell.name}: the reference loop (plain PyTorch, slow) in training, since no kernel knows {reason}")
+        h0, c0 = (*first, None, None)[:2]
+        keys, rates = drawn.keys, drawn.zoneout
+        y, *last = reference.recurrence(
+            u, matrix, h0, c0, bias, lengths, drawn.mask, keys, cell.name, reverse, rates, drawn.noise, drawn.update
+        )
+    else:
+        if drawn.noise is not None:  # W (h + e) = W h + W e
+            u = u + recurrent_term(matrix, drawn.noise)
+        y, *last = kernels.recurrence(
+            u,
+            matrix,
+            *first,
+            cell=cell.name,
+            bias=bias,
+            lengths=lengths,
+            reverse=reverse,
+            mask=drawn.mask,
+            zoneout=drawn.zoneout,
+            keys=drawn.keys,
+        )
     by_way = [part.split(size, -1) for part in last if part.numel() or cell.name == "lstm"]
     return y, list(zip(*by_way, strict=True))
-
-
-THIN = 16
-"""Sizes of an input or output up to which `linear` takes a product a frame."""
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, where x or the result is thin by way of a small product for each frame: for one that is tall and thin
-    the CPU's matrix library takes two to four times as long (docs/results.md).
-
-    Shape:
-        x: (T, B, D), weight: (V, D), bias: (V,) -> (T, B, V)
-    """
-    if not x.is_cuda:
-        if 1 < x.shape[-1] <= THIN:
-            matrices = weight.T.expand(len(x), -1, -1)
-            return torch.bmm(x, matrices) if bias is None else torch.baddbmm(bias, x, matrices)
-        if 1 < len(weight) <= THIN and bias is not None and not torch.is_autocast_enabled(x.device.type):
-            thin: Tensor = _ThinOutput.apply(x, weight, bias)
-            return thin
-    return nn.functional.linear(x, weight, bias)
-
-
-class _ThinOutput(torch.autograd.Function):
-    """A linear map to few numbers: only the gradient that goes back through it is thin, and taken frame by frame."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        dx = torch.bmm(grad, weight.expand(len(grad), -1, -1))
-        return dx, grad.flatten(0, 1).T @ x.flatten(0, 1), grad.sum((0, 1))
-
-
-def reverse_rows(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Turn each row of (T, B, D) round inside its own length; what is past it stays where it is."""
-    if lengths is None:
-        return x.flip(0)
-    t = torch.arange(x.shape[0], device=x.device)[:, None]
-    index = torch.where(t < lengths, lengths - 1 - t, t)  # (T, B)
-    return x.gather(0, index[..., None].expand_as(x))
 
 
 class Layer(Block, nn.ModuleList):
@@ -280,12 +307,12 @@ class Layer(Block, nn.ModuleList):
         x: (T, B, D), lengths: (B,) or None -> (T, B, R H), and the last state of each direction
     """
 
-    def compute(self, x: Tensor, lengths: Tensor | None) -> Output:
-        return run(list(self), x, lengths, [None] * len(self))  # type: ignore[arg-type]
+    def compute(self, x: Tensor, lengths: Tensor | None, drawn: Drawn | None = None) -> Output:
+        return run(list(self), x, lengths, [None] * len(self), drawn)  # type: ignore[arg-type]
 
 
 class RNN(nn.Module):
-    """The stack; each layer is norm -> recurrence -> dropout (+ input).
+    """The stack; each layer is norm -> recurrence -> dropout (+ input), disturbed as `config.regularizers` says.
 
     Args:
         config: see there.
@@ -295,17 +322,25 @@ class RNN(nn.Module):
         x: (B, T, D), lengths: (B,), or None where all rows have T frames; noise_keys: (B,) int64 or None
         returns: (B, T, output_size) with zeros past each length; with `all_layers`, also a list of every layer's
         hidden sequence (B, T, H or 2 H) before residual and dropout
+
+    Attributes:
+        variance: with fast dropout, (B, T, H) of the output that was returned last, which then is a mean.
     """
+
+    variance: Tensor | None = None
 
     def __init__(self, config: RNNConfig, input_size: int) -> None:
         super().__init__()
         self.config = config
+        self.regularizer = Regularizer(config.regularizers, config.num_layers)
+        fast = config.regularizers.fast_dropout
         self.norms, self.layers, self.dropouts = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         size = input_size
         for i in range(config.num_layers):
             self.norms.append(build_norm(config.norm, size))
-            ways = [False] if config.directions == "forward" else [False, True]
-            self.layers.append(Layer(RecurrentLayer(config, size, reverse) for reverse in ways))
+            flags = [False] if config.directions == "forward" else [False, True]
+            ways = [RecurrentLayer(config, size, flag, self.regularizer, f"{i}.{w}") for w, flag in enumerate(flags)]
+            self.layers.append(Layer(ways) if fast is None else moments.MomentLayer(ways[0], fast))
             self.dropouts.append(KeyedDropout(config.dropout, f"rnn.{i}"))
             size = config.output_size
         self.final_norm = build_norm(config.norm, size)
@@ -315,18 +350,44 @@ class RNN(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         mask = None if lengths is None else frame_mask(lengths, x.shape[1])
         hidden: list[Tensor] = []
-        for norm, layer, dropout in zip(self.norms, self.layers, self.dropouts, strict=True):
-            inputs = norm(x, mask).transpose(0, 1).contiguous()  # (T, B, D)
-            y, _ = layer(inputs, lengths)
+        if self.config.regularizers.fast_dropout is not None:
+            return self._propagate(x, lengths, noise_keys)
+        gated = self.config.cell.kind != "rnn"
+        for i, (norm, layer, dropout) in enumerate(zip(self.norms, self.layers, self.dropouts, strict=True)):
+            inputs = norm(x, mask)
+            if not i:
+                inputs = self.regularizer.input(inputs, noise_keys)
+            inputs = inputs.transpose(0, 1).contiguous()  # (T, B, D)
+            width = self.config.hidden_size * (1 if self.config.directions == "forward" else 2)
+            y, _ = layer(inputs, lengths, self.regularizer.draw(i, inputs, width, noise_keys, gated))
             if self.config.directions == "sum":
                 y = y.unflatten(-1, (2, -1)).sum(-2)
             y = y.transpose(0, 1)  # (B, T, H)
             if all_layers:
                 hidden.append(y)
-            y = dropout(y, noise_keys)
+            states, y = y, self.regularizer.output(i, dropout(y, noise_keys), noise_keys)
+            self.regularizer.watch(i, states, y, lengths)
             x = x + y if self.config.residual and x.shape == y.shape else y
         x = self.final_norm(x, mask)
         return x if mask is None else x * mask[..., None], hidden
+
+    def _propagate(self, x: Tensor, lengths: Tensor | None, noise_keys: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Means and variances instead of samples; the mean is returned, and for each layer."""
+        fast = self.config.regularizers.fast_dropout
+        assert fast is not None
+        mean = self.regularizer.input(x, noise_keys).transpose(0, 1)
+        mean, variance = moments.dropout(mean, torch.zeros_like(mean), fast.input)
+        hidden = []
+        for i, layer in enumerate(self.layers):
+            mean, variance = layer(mean, variance)
+            hidden.append(mean.transpose(0, 1))
+            rate = fast.hidden if i < len(self.layers) - 1 else fast.output
+            mean, variance = moments.dropout(mean, variance, rate)
+            self.regularizer.watch(i, hidden[-1], mean.transpose(0, 1), lengths)
+        y, self.variance = mean.transpose(0, 1), variance.transpose(0, 1)
+        if lengths is not None:
+            y = y * frame_mask(lengths, x.shape[1])[..., None]
+        return y, hidden
 
     def recurrent_layers(self) -> Iterator[RecurrentLayer]:
         """Every layer and direction."""
@@ -340,7 +401,9 @@ class RNN(nn.Module):
         weights = sum(layer.weight_hh.num_weights() for layer in layers)
         adds = sum(layer.weight_hh.multiply_adds() for layer in layers)
         dense = sum(GATES[config.cell.kind] * config.hidden_size**2 for _ in layers)
+        active = config.regularizers.active()
         return {
+            **({"regularizers": ", ".join(f"{name} {value}" for name, value in active.items())} if active else {}),
             "recurrence": f"{len(layers)} x {config.structure.kind}{rule} {cell} of {config.hidden_size} units",
             "recurrent weights": f"{weights:,}; {adds:,} multiply-adds a step and row, {adds / dense:.2%} of dense",
         }

@@ -1,6 +1,7 @@
 """What `./launch.sh VERB` runs: a module a verb, with `add_arguments(parser)` and `main(arguments) -> exit code`."""
 
 import argparse
+import re
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:  # a verb that only explains itself starts at once
@@ -109,3 +110,18 @@ def positive(text: str | None, name: str) -> int | None:
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise UserError(f"the command line: {name} = {text!r}: wanted a whole number from 1 on")
     return int(text)
+
+
+def number(text: str | None, name: str, default: float, whole: bool = False) -> float:
+    """A number from 0 on, or the default.
+
+    Raises:
+        UserError: it is something else.
+    """
+    from trainer.errors import UserError
+
+    if text is None:
+        return default
+    if re.fullmatch(r"\d{1,15}" if whole else r"\d{1,15}(\.\d*)?(e-?\d+)?", text, re.ASCII) is None:
+        raise UserError(f"the command line: {name} = {text!r}: wanted a {'whole ' if whole else ''}number from 0 on")
+    return float(text)

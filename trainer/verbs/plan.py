@@ -39,6 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     from trainer import distributed
     from trainer.evaluation import left_out
+    from trainer.models.regularizers import penalises_weights
     from trainer.recipe import load
     from trainer.run import read_quarantine
 
@@ -79,7 +80,9 @@ def main(arguments: argparse.Namespace) -> int:
     for warning in _warnings(world_size, size, padding):
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     console.print("DeepSpeed:", highlight=False)
-    derived = distributed.deepspeed_config(config.zero, config.optimizer, config.precision, rounds)
+    derived = distributed.deepspeed_config(
+        config.zero, config.optimizer, config.precision, rounds, penalises_weights(model)
+    )
     console.print_json(json.dumps(derived))
     return 0
 

@@ -1,0 +1,142 @@
+"""Fast dropout: means and variances go through the net, instead of samples.
+
+Under dropout each pre-activation is a sum of many independent terms, so nearly Gaussian. Its mean and variance are
+known without sampling, and so are those of what a sigmoid, tanh or relu makes of it. So the expected output is trained,
+and evaluation computes the very same.
+
+Source: Wang & Manning 2013 (ICML); for recurrent nets Bayer et al. 2013, arXiv:1311.0701. Formulae as in the second
+author's code, but for tanh, which stands there for tanh(x / 2).
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Config
+from trainer.models.block import Block
+from trainer.models.regularizers.dropout import Rate
+
+Moments = tuple[Tensor, Tensor]
+"""Mean and variance, of one shape."""
+SMALLEST = 1e-8
+"""Variance that a learnt one does not fall below."""
+POINTS = 64
+"""Of the quadrature."""
+
+
+class FastDropoutConfig(Config):
+    """Rates of the dropout that is integrated out; a cell that is a tanh or relu net."""
+
+    input: Rate = 0.1
+    hidden: Rate = 0.2
+    """Of the state, to the next frame and to the next layer."""
+    output: Rate = 0.5
+    """Of the last layer's state, to what is read from it. Piano rolls take its variance, other recipes the mean."""
+    moments: Literal["closed", "quadrature"] = "closed"
+    """Of sigmoid and tanh: closed formulae, whose variance is off by up to 0.03, or Gauss-Hermite, exact to 1e-4 and
+    slower."""
+
+
+def dropout(mean: Tensor, variance: Tensor, rate: float) -> Moments:
+    """x z with z Bernoulli(q), q = 1 - rate, not divided by q: (q m, q (1 - q) m^2 + q v)."""
+    q = 1 - rate
+    return q * mean, q * (1 - q) * mean.square() + q * variance
+
+
+def affine(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor | None = None) -> Moments:
+    """x W^T + b of independent x: (m W^T + b, v (W o W)^T)."""
+    return nn.functional.linear(mean, weight, bias), nn.functional.linear(variance, weight.square())
+
+
+def sigmoid_mean(mean: Tensor, variance: Tensor) -> Tensor:
+    """The number whose sigmoid is the expected sigmoid: m / sqrt(1 + pi v / 8) (MacKay 1992)."""
+    return mean * torch.rsqrt(1 + math.pi / 8 * variance)
+
+
+def sigmoid(mean: Tensor, variance: Tensor) -> Moments:
+    """s(x): E = s(m / sqrt(1 + pi v / 8)); E s^2 by s(x)^2 ~ s(a (x - b)), a = 4 - 2 sqrt 2, b = -ln(sqrt 2 - 1)."""
+    a, b = 4 - 2 * math.sqrt(2), -math.log(math.sqrt(2) - 1)
+    expected = torch.sigmoid(sigmoid_mean(mean, variance))
+    square = torch.sigmoid(sigmoid_mean(a * (mean - b), a * a * variance))
+    return expected, (square - expected.square()).clamp_min(0.0)
+
+
+def tanh(mean: Tensor, variance: Tensor) -> Moments:
+    """tanh x = 2 s(2 x) - 1."""
+    expected, spread = sigmoid(2 * mean, 4 * variance)
+    return 2 * expected - 1, 4 * spread
+
+
+def relu(mean: Tensor, variance: Tensor) -> Moments:
+    """max(x, 0), exactly: E = m Phi + sd phi, E x^2 = (m^2 + v) Phi + m sd phi, at m / sd."""
+    sd = (variance + SMALLEST).sqrt()
+    z = mean / sd
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    share = torch.special.ndtr(z)
+    expected = mean * share + sd * density
+    square = (mean.square() + sd.square()) * share + mean * sd * density
+    return expected, (square - expected.square()).clamp_min(0.0)
+
+
+@lru_cache(maxsize=2)
+def _nodes(points: int) -> tuple[Any, Any]:
+    x, w = np.polynomial.hermite_e.hermegauss(points)
+    return x, w / w.sum()
+
+
+def quadrature(function: Any, mean: Tensor, variance: Tensor, points: int = POINTS) -> Moments:
+    """f(x) of a Gaussian x by Gauss-Hermite quadrature."""
+    x, w = (torch.as_tensor(part, dtype=mean.dtype, device=mean.device) for part in _nodes(points))
+    values = function(mean[..., None] + (variance + SMALLEST).sqrt()[..., None] * x)
+    expected = values @ w
+    return expected, (values - expected[..., None]).square() @ w
+
+
+class MomentLayer(Block, nn.ModuleList):
+    """One layer whose state is a distribution.
+
+    Args:
+        way: a `RecurrentLayer` of a tanh or relu net.
+        config: see there.
+
+    Shape:
+        mean, variance: (T, B, D) of the input, lengths are not needed: past them nothing is read
+        returns: mean and variance (T, B, H) of the state after each frame
+    """
+
+    def __init__(self, way: Any, config: FastDropoutConfig) -> None:
+        super().__init__([way])
+        self.config = config
+        self.start_mean = nn.Parameter(torch.zeros(way.hidden_size))
+        self.start_sd = nn.Parameter(torch.zeros(way.hidden_size))
+
+    def compute(self, mean: Tensor, variance: Tensor) -> Moments:
+        (way,) = self
+        weight_ih, weight_hh = way.weights()  # type: ignore[operator]
+        if weight_hh.ndim == 2:
+            weight_hh = torch.diag(weight_hh[0])
+        elif weight_hh.ndim == 4:
+            weight_hh = torch.block_diag(*weight_hh[0])
+        u_mean, u_variance = affine(mean, variance, weight_ih, way.bias_ih + way.bias_hh)  # type: ignore[operator]
+        squared = weight_hh.square()
+        shape = u_mean.shape[1:]
+        m = self.start_mean.expand(shape)
+        v = (self.start_sd.square() + SMALLEST).expand(shape)
+        states = []
+        for um, uv in zip(u_mean.unbind(0), u_variance.unbind(0), strict=True):
+            m, v = dropout(m, v, self.config.hidden)
+            m, v = self.activation(um + m @ weight_hh.T, uv + v @ squared.T)
+            states.append((m, v))
+        means, variances = zip(*states, strict=True)
+        return torch.stack(means), torch.stack(variances)
+
+    def activation(self, mean: Tensor, variance: Tensor) -> Moments:
+        """Moments of the cell's function."""
+        (way,) = self
+        if way.cell.name == "rnn_relu":  # type: ignore[union-attr]
+            return relu(mean, variance)
+        return quadrature(torch.tanh, mean, variance) if self.config.moments == "quadrature" else tanh(mean, variance)
