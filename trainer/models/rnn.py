@@ -304,11 +304,14 @@ class Layer(Block, nn.ModuleList):
     """The directions of one layer.
 
     Shape:
-        x: (T, B, D), lengths: (B,) or None -> (T, B, R H), and the last state of each direction
+        x: (T, B, D), lengths: (B,) or None, the first state (of a layer with one direction) or None for zeros
+        returns: (T, B, R H), and the last state of each direction
     """
 
-    def compute(self, x: Tensor, lengths: Tensor | None, drawn: Drawn | None = None) -> Output:
-        return run(list(self), x, lengths, [None] * len(self), drawn)  # type: ignore[arg-type]
+    def compute(
+        self, x: Tensor, lengths: Tensor | None, drawn: Drawn | None = None, state: State | None = None
+    ) -> Output:
+        return run(list(self), x, lengths, [state] * len(self), drawn)  # type: ignore[arg-type]
 
 
 class RNN(nn.Module):
@@ -348,28 +351,51 @@ class RNN(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor | None, noise_keys: Tensor | None = None, all_layers: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        mask = None if lengths is None else frame_mask(lengths, x.shape[1])
-        hidden: list[Tensor] = []
         if self.config.regularizers.fast_dropout is not None:
             return self._propagate(x, lengths, noise_keys)
+        x, hidden, _ = self.carry(x, lengths, None, noise_keys, all_layers)
+        return x, hidden
+
+    def carry(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        states: Sequence[State] | None,
+        noise_keys: Tensor | None = None,
+        all_layers: bool = False,
+    ) -> tuple[Tensor, list[Tensor], list[State]]:
+        """The same of a part of a stream: from the last states of the part before, to its own.
+
+        Args:
+            states: of each layer, which have one direction; None for zeros.
+
+        Returns:
+            also the last state of each layer's first direction.
+        """
+        mask = None if lengths is None else frame_mask(lengths, x.shape[1])
+        hidden: list[Tensor] = []
+        carried: list[State] = []
         gated = self.config.cell.kind != "rnn"
-        for i, (norm, layer, dropout) in enumerate(zip(self.norms, self.layers, self.dropouts, strict=True)):
+        given = states or [None] * len(self.layers)
+        stack = zip(self.norms, self.layers, self.dropouts, given, strict=True)
+        for i, (norm, layer, dropout, state) in enumerate(stack):
             inputs = norm(x, mask)
             if not i:
                 inputs = self.regularizer.input(inputs, noise_keys)
             inputs = inputs.transpose(0, 1).contiguous()  # (T, B, D)
-            width = self.config.hidden_size * (1 if self.config.directions == "forward" else 2)
-            y, _ = layer(inputs, lengths, self.regularizer.draw(i, inputs, width, noise_keys, gated))
+            width = self.config.hidden_size * len(layer)
+            y, last = layer(inputs, lengths, self.regularizer.draw(i, inputs, width, noise_keys, gated), state)
+            carried.append(last[0])
             if self.config.directions == "sum":
                 y = y.unflatten(-1, (2, -1)).sum(-2)
             y = y.transpose(0, 1)  # (B, T, H)
             if all_layers:
                 hidden.append(y)
-            states, y = y, self.regularizer.output(i, dropout(y, noise_keys), noise_keys)
-            self.regularizer.watch(i, states, y, lengths)
+            clean, y = y, self.regularizer.output(i, dropout(y, noise_keys), noise_keys)
+            self.regularizer.watch(i, clean, y, lengths)
             x = x + y if self.config.residual and x.shape == y.shape else y
         x = self.final_norm(x, mask)
-        return x if mask is None else x * mask[..., None], hidden
+        return x if mask is None else x * mask[..., None], hidden, carried
 
     def _propagate(self, x: Tensor, lengths: Tensor | None, noise_keys: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Means and variances instead of samples; the mean is returned, and for each layer."""

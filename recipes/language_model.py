@@ -1,0 +1,81 @@
+"""Language models: the next word, character or piece of a word, from a text that is read on and on.
+
+Source: Mikolov et al. 2010; settings after Zaremba et al. 2014, arXiv:1409.2329, and Merity et al. 2018,
+arXiv:1708.02182.
+"""
+
+import math
+from functools import cached_property
+
+from rich.console import Console
+from torch import nn
+
+from trainer.data.dataset import Batch
+from trainer.data.language import LanguageDataConfig, Prepared, prepare
+from trainer.data.parallel import Display
+from trainer.data.stream import NOTHING, StreamConfig, StreamDataset
+from trainer.data.vocabulary import Vocabulary
+from trainer.metrics import Loss, Mean
+from trainer.models.language import LanguageModel, LanguageModelConfig
+from trainer.models.parametrizations import penalty
+from trainer.recipe import Recipe, RunConfig, Split, State, StepOutput
+
+
+class LanguageRunConfig(RunConfig):
+    """A run of the language recipe."""
+
+    data: LanguageDataConfig = LanguageDataConfig()
+    plan: StreamConfig = StreamConfig()
+    model: LanguageModelConfig = LanguageModelConfig()
+
+
+class Language(Recipe[LanguageRunConfig]):
+    """Tokens from those before them; the best checkpoint is that of the lowest cross-entropy."""
+
+    monitor = "nats"
+    heads = ("embedding", "output")
+
+    def prepare(self) -> None:
+        console = Console()
+        with Display(console) as progress:
+            counts = prepare(self.config.data, progress)
+        for split, c in counts.items():
+            console.print(f"{split}: {c.tokens:,} tokens, {c.characters:,} characters", highlight=False)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The corpus."""
+        return Prepared.open(self.config.data)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the numbers of the tokens mean."""
+        return self.prepared.vocabulary
+
+    def build_model(self) -> LanguageModel:
+        return self.config.model.build(len(self.vocabulary))
+
+    def build_dataset(self, split: Split) -> StreamDataset:
+        return self.prepared.dataset(split, self.config.plan, self.config.seed)
+
+    def describe(self, model: nn.Module) -> dict[str, str]:
+        assert isinstance(model, LanguageModel)
+        kind = self.config.data.tokens.kind
+        return {**model.rnn.describe(), "vocabulary": f"{len(self.vocabulary):,} {kind}"}
+
+    def step(self, model: nn.Module, batch: Batch, state: State | None = None) -> StepOutput:
+        targets = batch["targets"]
+        nats, state = model(batch["inputs"], targets, state, batch["noise_keys"])
+        count = float((targets != NOTHING).sum())
+        output = StepOutput({"nats": Loss(nats, count, "tokens")}, penalty=penalty(model), state=state)
+        if not model.training:
+            units = batch["units"]
+            output.metrics["bits_per_character"] = Mean(nats / math.log(2), count * units["characters"])
+            if self.config.data.tokens.kind == "subwords":
+                output.metrics["nats_per_word"] = Mean(nats, count * units["words"])
+        return output
+
+    def derive(self, values: dict[str, float]) -> dict[str, float]:
+        """The perplexities: exp of the cross-entropies."""
+        names = {"nats": "perplexity", "nats_per_word": "word_perplexity"}
+        return {name: math.exp(min(values[mean], 700.0)) for mean, name in names.items() if mean in values}
