@@ -7,9 +7,11 @@ arXiv:1708.02182.
 import math
 from functools import cached_property
 
+import torch
 from rich.console import Console
 from torch import nn
 
+from trainer import keyed
 from trainer.data.dataset import Batch
 from trainer.data.language import LanguageDataConfig, Prepared, prepare
 from trainer.data.parallel import Display
@@ -18,7 +20,11 @@ from trainer.data.vocabulary import Vocabulary
 from trainer.metrics import Loss, Mean
 from trainer.models.language import LanguageModel, LanguageModelConfig
 from trainer.models.parametrizations import penalty
-from trainer.recipe import Recipe, RunConfig, Split, State, StepOutput
+from trainer.recipe import Generated, Recipe, RunConfig, Split, State, StepOutput, Wish
+from trainer.scoring import Scorer
+
+LENGTHS = {"characters": 600, "words": 100, "subwords": 150}
+"""Tokens of a generated text where nobody says how many."""
 
 
 class LanguageRunConfig(RunConfig):
@@ -79,3 +85,31 @@ class Language(Recipe[LanguageRunConfig]):
         """The perplexities: exp of the cross-entropies."""
         names = {"nats": "perplexity", "nats_per_word": "word_perplexity"}
         return {name: math.exp(min(values[mean], 700.0)) for mean, name in names.items() if mean in values}
+
+    def generate(self, model: nn.Module, wish: Wish) -> Generated:
+        """A text that goes on from the prompt, or from the beginning of a line; `<unk>` is never drawn."""
+        assert isinstance(model, LanguageModel)
+        vocabulary = self.vocabulary
+        scorer = Scorer(model, vocabulary)
+        prompt = (wish.prompt or "").replace("\\n", "\n")
+        tokens = vocabulary.encode(prompt).tolist() if prompt else []
+        if tokens and not prompt.endswith("\n") and tokens[-1] == vocabulary.start:
+            tokens.pop()  # the line goes on
+        log_probabilities, state = scorer.start(1)
+        for token in tokens:
+            log_probabilities, state = scorer.step(torch.tensor([token]), state)
+        for number in range(wish.length or LENGTHS[self.config.data.tokens.kind]):
+            log_p = log_probabilities[0].double().cpu()
+            if vocabulary.unknown is not None:
+                log_p[vocabulary.unknown] = -math.inf
+            if wish.temperature:
+                cumulated = (log_p / wish.temperature).softmax(-1).cumsum(-1)
+                drawn = keyed.number(wish.seed, number, "generate") * float(cumulated[-1])
+                tokens.append(int(torch.searchsorted(cumulated, drawn, right=True)))
+            else:
+                tokens.append(int(log_p.argmax()))
+            log_probabilities, state = scorer.step(torch.tensor(tokens[-1:]), state)
+        return Generated(vocabulary.decode(tokens), files={})
+
+
+recipe = Language

@@ -67,7 +67,7 @@ class AustenConfig(Config):
 class _FilesConfig(Config):
     """A file a split, all in one folder."""
 
-    path: Free[Path]
+    path: Free[Path | None] = None
     """Folder with the files."""
 
     def _names(self) -> dict[Split, Sequence[str]]:
@@ -75,12 +75,12 @@ class _FilesConfig(Config):
         raise TypeError(f"{type(self).__name__} lacks _names")
 
     def read(self, folder: Path, progress: Progress) -> Texts:
-        found: Texts = {}
+        place, found = _place(self.path), {}
         for split, names in self._names().items():
-            path = next((p for name in names if is_file(p := self.path / name)), None)
+            path = next((p for name in names if is_file(p := place / name)), None)
             if path is None:
                 raise UserError(
-                    f"data.corpus.path = {self.path}: holds no {' and no '.join(names)}; name the folder that does"
+                    f"data.corpus.path = {place}: holds no {' and no '.join(names)}; name the folder that does"
                 )
             found[split] = _joined(_read(path).split("\n"))
         return found
@@ -107,17 +107,17 @@ class WikiTextConfig(_FilesConfig):
 class _MahoneyConfig(Config):
     """One file, packed or not, whose first nine tenths are for training."""
 
-    path: Free[Path]
+    path: Free[Path | None] = None
     """The file, packed (.zip) or not, or its folder."""
     sizes: tuple[int, int, int] = (90_000_000, 5_000_000, 5_000_000)
     """Characters for training, validation and test."""
 
     def read(self, folder: Path, progress: Progress) -> Texts:
         kind: str = self.kind  # type: ignore[attr-defined]
-        names = [self.path, self.path / kind, self.path / f"{kind}.zip"]
-        path = next((p for p in names if is_file(p)), None)
+        place = _place(self.path)
+        path = next((p for p in (place, place / kind, place / f"{kind}.zip") if is_file(p)), None)
         if path is None:
-            raise UserError(f"data.corpus.path = {self.path}: is neither {kind}, packed or not, nor its folder")
+            raise UserError(f"data.corpus.path = {place}: is neither {kind}, packed or not, nor its folder")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 content = archive.read(kind)
@@ -146,7 +146,7 @@ class PlainConfig(Config):
     """Any text files, UTF-8: one for each split, or one that is cut into three."""
 
     kind: Literal["files"] = "files"
-    train: Free[Path]
+    train: Free[Path | None] = None
     """Training; the whole text where it is alone."""
     valid: Free[Path | None] = None
     test: Free[Path | None] = None
@@ -162,6 +162,8 @@ class PlainConfig(Config):
         return self
 
     def read(self, folder: Path, progress: Progress) -> Texts:
+        if self.train is None:
+            raise UserError("data.corpus.train: is missing; set it to a text file")
         text = _joined(_read(self.train).split("\n"))
         if self.valid is not None and self.test is not None:
             others: Texts = {"valid": _joined(_read(self.valid).split("\n"))}
@@ -174,6 +176,12 @@ TextCorpusConfig = Annotated[
     AustenConfig | PennTreebankConfig | WikiTextConfig | Text8Config | Enwik8Config | PlainConfig,
     Field(discriminator="kind"),
 ]
+
+
+def _place(path: Path | None) -> Path:
+    if path is None:
+        raise UserError("data.corpus.path: is missing; set it to the folder that holds the text")
+    return path
 
 
 def _read(path: Path) -> str:

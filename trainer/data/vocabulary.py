@@ -37,6 +37,11 @@ class Vocabulary(Protocol):
         """The token that stands before a text begins: that of a line's end."""
         ...
 
+    @property
+    def unknown(self) -> int | None:
+        """The token of what has none, if there is one."""
+        ...
+
     def __len__(self) -> int: ...
 
     def encode(self, text: str) -> Tokens:
@@ -115,7 +120,7 @@ class SubwordsConfig(Config):
     """
 
     kind: Literal["subwords"] = "subwords"
-    size: int = Field(2000, ge=300)
+    size: int = Field(2000, ge=260)
     """Pieces, with 256 for bytes and the end of a line."""
     model: Literal["unigram", "bpe"] = "unigram"
 
@@ -141,7 +146,9 @@ class SubwordsConfig(Config):
             )
         except RuntimeError as error:
             told = str(error).strip().splitlines()[-1]
-            raise UserError(f"data.tokens.size = {self.size}: sentencepiece cannot learn it ({told})") from error
+            found = re.search(r"value <= (\d+)", told)
+            why = f"the text gives {found[1]} at most; lower it" if found else f"sentencepiece cannot learn it ({told})"
+            raise UserError(f"data.tokens.size = {self.size}: {why}") from error
         return Subwords(writer.getvalue())
 
     def load(self, content: bytes) -> "Subwords":
@@ -168,6 +175,8 @@ class Characters:
         alphabet: in the order of their numbers.
     """
 
+    unknown = None
+
     def __init__(self, alphabet: Sequence[str]) -> None:
         self.alphabet = list(alphabet)
         self.identity = f"{len(self)} characters {_digest(self.save())}"
@@ -183,9 +192,7 @@ class Characters:
         codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
         places = np.searchsorted(self._codes, codes).clip(max=len(self) - 1)
         if len(odd := np.flatnonzero(self._codes[places] != codes)):
-            raise UserError(
-                f"{chr(int(codes[odd[0]]))!r}: is no character of the texts that were prepared; leave it out"
-            )
+            raise UserError(f"{chr(int(codes[odd[0]]))!r}: is in none of the texts that were prepared; leave it out")
         return self._order[places].astype(np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -208,17 +215,16 @@ class Words:
         self.identity = f"{len(self)} words {_digest(self.save())}"
         self.number = {word: i for i, word in enumerate(self.words)}
         self.start = self.number[END]
+        self.unknown = self.number.get(UNKNOWN)
 
     def __len__(self) -> int:
         return len(self.words)
 
     def encode(self, text: str) -> Tokens:
-        unknown = self.number.get(UNKNOWN)
-
         def numbers() -> Iterable[int]:
             for line in _lines(text):
                 for word in self.config.words(line):
-                    found = self.number.get(word, unknown)
+                    found = self.number.get(word, self.unknown)
                     if found is None:
                         raise UserError(f"{word!r}: is not in the vocabulary, which has no {UNKNOWN}; leave it out")
                     yield found
@@ -240,6 +246,8 @@ class Subwords:
     Args:
         model: a vocabulary, as `SubwordsConfig.learn` makes it.
     """
+
+    unknown = None
 
     def __init__(self, model: bytes) -> None:
         self.model = model
