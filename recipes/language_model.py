@@ -19,7 +19,6 @@ from trainer.data.stream import NOTHING, StreamConfig, StreamDataset
 from trainer.data.vocabulary import Vocabulary
 from trainer.metrics import Loss, Mean
 from trainer.models.language import LanguageModel, LanguageModelConfig
-from trainer.models.parametrizations import penalty
 from trainer.recipe import Generated, Recipe, RunConfig, Split, State, StepOutput, Wish
 from trainer.scoring import Scorer
 
@@ -73,7 +72,7 @@ class Language(Recipe[LanguageRunConfig]):
         targets = batch["targets"]
         nats, state = model(batch["inputs"], targets, state, batch["noise_keys"])
         count = float((targets != NOTHING).sum())
-        output = StepOutput({"nats": Loss(nats, count, "tokens")}, penalty=penalty(model), state=state)
+        output = StepOutput({"nats": Loss(nats, count, "tokens")}, state=state)
         if not model.training:
             units = batch["units"]
             output.metrics["bits_per_character"] = Mean(nats / math.log(2), count * units["characters"])

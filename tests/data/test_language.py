@@ -119,7 +119,7 @@ def test_prepared_once_and_refused_for_other_settings(tmp_path: Path) -> None:
         Prepared.open(other)
     with pytest.raises(UserError, match=r"data.corpus.path = .*: holds no ptb.train.txt and no train.txt"):
         language.prepare(other, quiet)
-    with pytest.raises(UserError, match="data.corpus.path: is missing"):
+    with pytest.raises(UserError, match=r"data.corpus.path: is missing"):
         language.prepare(config(tmp_path / "x", corpus={"kind": "wikitext"}), quiet)
     (made.path / "train.npy").write_bytes(b"nothing")
     language.prepare(config(tmp_path, corpus=write_corpus(tmp_path / "two", "ptb")), quiet)

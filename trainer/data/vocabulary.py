@@ -62,7 +62,7 @@ class CharactersConfig(Config):
 
     kind: Literal["characters"] = "characters"
 
-    def learn(self, texts: Mapping[str, str]) -> "Characters":
+    def learn(self, texts: Mapping[Any, str]) -> "Characters":
         """The vocabulary of {split: text}."""
         counts = Counter(texts["train"])
         others = sorted({c for text in texts.values() for c in set(text)} - counts.keys())
@@ -90,7 +90,7 @@ class WordsConfig(Config):
         line = line.lower() if self.lowercase else line
         return line.split() if self.split == "spaces" else re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", line)
 
-    def learn(self, texts: Mapping[str, str]) -> "Words":
+    def learn(self, texts: Mapping[Any, str]) -> "Words":
         """The vocabulary of {split: text}."""
         counts = Counter(word for line in _lines(texts["train"]) for word in self.words(line))
         counts[END] = len(_lines(texts["train"]))
@@ -124,7 +124,7 @@ class SubwordsConfig(Config):
     """Pieces, with 256 for bytes and the end of a line."""
     model: Literal["unigram", "bpe"] = "unigram"
 
-    def learn(self, texts: Mapping[str, str]) -> "Subwords":
+    def learn(self, texts: Mapping[Any, str]) -> "Subwords":
         """The vocabulary of {split: text}."""
         writer = io.BytesIO()
         try:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trainer import keyed
 from trainer.config import Config
+from trainer.models.regularizers.dropout import drop
 from trainer.models.rnn import RNNConfig, State
 from trainer.models.softmax import FullConfig, SoftmaxConfig
 
@@ -28,6 +29,9 @@ class LanguageModelConfig(Config):
     """Share of the vocabulary that is not seen, each word in all its places of a window or in none (Gal & Ghahramani
     2016, arXiv:1512.05287)."""
 
+    output_dropout: float = Field(0.0, ge=0, lt=1)
+    """Of the stack's output, one mask a window; besides what `rnn.regularizers` does to each layer's."""
+
     @model_validator(mode="after")
     def _one_way(self) -> "LanguageModelConfig":
         if self.rnn.directions != "forward":
@@ -35,6 +39,8 @@ class LanguageModelConfig(Config):
                 f"rnn.directions = {self.rnn.directions}: a language model that reads backwards sees what it is to "
                 "predict; set forward"
             )
+        if self.rnn.regularizers.fast_dropout is not None:
+            raise ValueError("rnn.regularizers.fast_dropout: carries no state from window to window; leave it out")
         return self
 
     def build(self, num_tokens: int) -> "LanguageModel":
@@ -80,6 +86,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: LanguageModelConfig, num_tokens: int) -> None:
         super().__init__()
+        self.output_dropout = config.output_dropout
         self.embedding = Embedding(num_tokens, config.embedding_size, config.embedding_dropout)
         self.rnn = config.rnn.build(config.embedding_size)
         width = config.rnn.output_size
@@ -98,6 +105,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Carried]:
         x = self.embedding(tokens, noise_keys)
         x, _, states = self.rnn.carry(x, None, None if state is None else unpack(state), noise_keys)
+        if self.training and noise_keys is not None:
+            x = drop(x, self.output_dropout, "output", noise_keys, per_sequence=True)
         rows = x.transpose(0, 1).flatten(0, 1)  # (T B, H): the stack's output lies in the order of time
         if self.projection is not None:
             rows = self.projection(rows)

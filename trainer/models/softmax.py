@@ -84,7 +84,7 @@ class FullConfig(Config):
 
     kind: Literal["full"] = "full"
 
-    def build(self, num_classes: int, size: int, tied: nn.Parameter | None) -> "FullSoftmax":
+    def build(self, num_classes: int, size: int, tied: Tensor | None) -> "FullSoftmax":
         return FullSoftmax(num_classes, size, tied)
 
 
@@ -109,7 +109,7 @@ class AdaptiveConfig(Config):
             raise ValueError("wanted numbers above 0 that rise, e.g. [2000, 10000]")
         return cutoffs
 
-    def build(self, num_classes: int, size: int, tied: nn.Parameter | None) -> "AdaptiveSoftmax":
+    def build(self, num_classes: int, size: int, tied: Tensor | None) -> "AdaptiveSoftmax":
         return AdaptiveSoftmax(num_classes, size, tied, self.cutoffs, self.divide_by)
 
 
@@ -129,7 +129,7 @@ class FullSoftmax(nn.Module):
         returns: the sum of the cross-entropies in nats, or without targets (N, V) log-probabilities
     """
 
-    def __init__(self, num_classes: int, size: int, tied: nn.Parameter | None) -> None:
+    def __init__(self, num_classes: int, size: int, tied: Tensor | None) -> None:
         super().__init__()
         self.is_tied = tied is not None
         self.weight = nn.Parameter(torch.empty(num_classes, size)) if tied is None else tied
@@ -159,7 +159,7 @@ class AdaptiveSoftmax(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, size: int, tied: nn.Parameter | None, cutoffs: Sequence[int], divide_by: float
+        self, num_classes: int, size: int, tied: Tensor | None, cutoffs: Sequence[int], divide_by: float
     ) -> None:
         super().__init__()
         if cutoffs[-1] >= num_classes:

@@ -8,10 +8,10 @@
     ./launch.sh bench plan speech/read_ru        time and memory of index and plan of large synthetic corpora, padding
     ./launch.sh bench batch-size speech/read_ru  the largest safe plan.micro_batch_seconds on this device
 
-The rivals stand in trainer/bench.py, bench_loader.py, bench_orthogonal.py and bench_language.py, and in kernels/bench.py. Lines of blocks
-are measured against FlashRNN too, where `pip install flashrnn packaging einops` was done. Close other programs first;
-the spread (quartiles) tells whether it was quiet. A corpus of `bench plan` with 10 million utterances takes 4 GB under
---folder (or TMPDIR).
+The rivals stand in trainer/bench.py, bench_loader.py, bench_orthogonal.py and bench_language.py, and in
+kernels/bench.py. Lines of blocks are measured against FlashRNN too, where `pip install flashrnn packaging einops` was
+done. Close other programs first; the spread (quartiles) tells whether it was quiet. A corpus of `bench plan` with 10
+million utterances takes 4 GB under --folder (or TMPDIR).
 """
 
 import argparse
