@@ -15,10 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from trainer.config import Config
 
-CACHED = 1 << 19
+CACHED = 1 << 20
 """Numbers of the part that is worked on at a time."""
 BUFFER = 1 << 26
 """Numbers of the buffer, at most."""
+SMALLEST = 1e-38
+"""Probabilities below count as this, so that a loss is finite where float32 has no such number."""
 
 
 def linear_nats(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -36,22 +38,21 @@ class _LinearNats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, needed: bool) -> Tensor:
         total = torch.zeros((), device=x.device)
-        dx = torch.empty_like(x)
-        dw, db = torch.zeros_like(weight) if needed else None, torch.zeros_like(bias)
-        rows, part = max(1, BUFFER // len(weight)), max(1, CACHED // len(weight))
-        probabilities = torch.empty(min(rows, len(x)), len(weight), device=x.device)
+        dx, dw, db = torch.empty_like(x), None, None
+        rows = max(1, BUFFER // len(weight))
+        buffer = torch.empty(min(rows, len(x)), len(weight), device=x.device)
         for start in range(0, len(x), rows):
-            some, wanted = x[start : start + rows], targets[start : start + rows]
-            p = probabilities[: len(some)]
-            for a in range(0, len(some), part):
-                total += _softmax(some[a : a + part], weight, bias, wanted[a : a + part], p[a : a + part])
-            if dw is not None:
+            some = x[start : start + rows]
+            p = buffer[: len(some)]
+            total += _softmax(some, weight, bias, targets[start : start + rows], p)
+            if needed:
                 dx[start : start + rows] = torch.mm(p, weight)
-                dw += torch.mm(p.T, some).to(dw.dtype) if start else 0
-                if not start:
-                    torch.mm(p.T, some, out=dw) if p.dtype == some.dtype == dw.dtype else dw.copy_(p.T @ some)
-                db += p.sum(0)
-        ctx.gradients = (dx, dw, db)
+                part = torch.mm(p.T, some).to(weight.dtype)
+                dw = part if dw is None else dw.add_(part)
+                db = p.sum(0) if db is None else db.add_(p.sum(0))
+        ctx.gradients = (
+            (dx, dw, db) if dw is not None else (dx.zero_(), torch.zeros_like(weight), torch.zeros_like(bias))
+        )
         return total
 
     @staticmethod
@@ -64,19 +65,20 @@ class _LinearNats(torch.autograd.Function):
 
 def _softmax(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, out: Tensor) -> Tensor:
     """Cross-entropy of some rows; into `out` goes its gradient after the logits."""
-    if torch.is_autocast_enabled(x.device.type):
-        out.copy_(F.linear(x, weight, bias))
-    else:
-        torch.addmm(bias, x, weight.T, out=out)
-    counts = targets >= 0
-    places = targets.clamp(min=0)[:, None]
-    out -= out.amax(1, keepdim=True)
-    at_target = out.gather(1, places)[:, 0]
-    out.exp_()
-    sums = out.sum(1, keepdim=True)
-    out *= counts[:, None] / sums
-    out.scatter_add_(1, places, -counts[:, None].to(out.dtype))
-    return ((sums[:, 0].log() - at_target) * counts).sum()
+    counts, places = targets >= 0, targets.clamp(min=0)[:, None]
+    part = max(1, CACHED // len(weight))
+    for a in range(0, len(x), part):
+        p = out[a : a + part]
+        if torch.is_autocast_enabled(x.device.type):
+            p.copy_(F.linear(x[a : a + part], weight, bias))
+        else:
+            torch.addmm(bias, x[a : a + part], weight.T, out=p)
+        torch.softmax(p, 1, out=p)
+    at_target = out.gather(1, places)
+    out.scatter_(1, places, at_target - 1)
+    if not bool(counts.all()):
+        out *= counts[:, None]
+    return -(at_target[:, 0].clamp(min=SMALLEST).log() * counts).sum()
 
 
 class FullConfig(Config):
