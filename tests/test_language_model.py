@@ -171,3 +171,17 @@ def test_penn_treebank_is_evaluated_on_its_82430_tokens(tmp_path: Path) -> None:
         loss = made.step(model, batches[-1]).losses["nats"]
     assert loss.count < batches[-1]["targets"].numel()  # the last window is not full
     assert made.derive({"nats": float(loss.sum) / loss.count})["perplexity"] == pytest.approx(10_000, rel=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("softmax", ["{kind: full}", "{kind: adaptive, cutoffs: [5]}"])
+def test_tied_weights_train_alike_at_every_stage(text: Path, tmp_path: Path, softmax: str) -> None:
+    """With more than 10,000 of them, which stage 3 keeps in pieces."""
+    more = [f"model.softmax={softmax}", "model.tied=true", "model.embedding_size=900", "max_steps=3"]
+    found = []
+    for stage, processes in ((0, 1), (1, 2), (3, 2)):
+        arguments = tiny(text, tmp_path / str(stage), *more, f"zero.stage={stage}")
+        found.append(run_ranks(processes, fit, arguments, CONFIG)[0])
+    for other in found[1:]:
+        assert other["values"]["nats"] == pytest.approx(found[0]["values"]["nats"], rel=1e-5)
+        assert torch.equal(other["weights"]["output.weight"], other["weights"]["embedding.weight"])

@@ -6,7 +6,7 @@ AdamW and clipping. Where our recurrence is block-diagonal the rival's is dense,
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from kernels import keep_pages
 from trainer import keyed
 from trainer import recipe as recipes
 from trainer.bench import describe, interleaved
+from trainer.data.dataset import Batch
 from trainer.data.stream import NOTHING
 from trainer.distributed import Ranks
 from trainer.engine import Training
+from trainer.models.convert import to_torch
+from trainer.models.language import LanguageModel
 
 VOCABULARY, TRAINING_WORDS, LINE_WORDS = 10_000, 120_000, 20
 """Words of the made-up text: as many kinds as in the Penn Treebank, as frequent as Zipf's law has it."""
@@ -116,6 +119,7 @@ def _contest(
     loaded = [[ours.dataset.load(m) for m in step.micro_batches] for step in steps]
     config = ours.config
     model = TorchModel(size, adaptive)
+    _compare(ours, model, loaded[0][0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
 
     def engine() -> None:
@@ -144,3 +148,32 @@ def _contest(
         "clock": describe(theirs.over(mine)),
         "processor": describe(theirs.cpu_over(mine)),
     }
+
+
+@torch.no_grad()
+def _compare(ours: Training, rival: TorchModel, batch: Batch) -> None:
+    """Give the rival our weights, and see that it computes our loss.
+
+    Raises:
+        AssertionError: it computes another.
+    """
+    net = ours.trained.module
+    assert isinstance(net, LanguageModel)
+    output: Any = net.output
+    rival.embedding.weight.copy_(net.embedding.weight)
+    rival.lstm.load_state_dict(to_torch(net.rnn)[0].state_dict())
+    if rival.adaptive is None:
+        rival.output.bias.copy_(output.bias)
+    else:
+        rival.adaptive.head.weight.copy_(output.head)  # it has no biases, and ours start at 0
+        down, tail = cast(Any, rival.adaptive.tail[0])
+        down.weight.copy_(output.down_0)
+        tail.weight.copy_(output.tail_0)
+    net.eval()
+    rival.eval()
+    loss = ours.recipe.step(net, batch).losses["nats"]
+    theirs, _ = rival(batch["inputs"], batch["targets"], None)
+    if not torch.allclose(loss.sum / loss.count, theirs, rtol=1e-4):
+        raise AssertionError(f"the rival computes {float(theirs)}, we {float(loss.sum / loss.count)}")
+    net.train()
+    rival.train()
