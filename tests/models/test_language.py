@@ -34,12 +34,8 @@ TARGETS = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("buffer", [softmax.BUFFER, 5 * V])
-@pytest.mark.parametrize("cached", [softmax.CACHED, 2 * V])
-def test_the_loss_and_its_gradient_are_those_of_cross_entropy(
-    monkeypatch: pytest.MonkeyPatch, buffer: int, cached: int
-) -> None:
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(monkeypatch: pytest.MonkeyPatch, buffer: int) -> None:
     monkeypatch.setattr(softmax, "BUFFER", buffer)
-    monkeypatch.setattr(softmax, "CACHED", cached)
     leaves = [numbers(N, D).requires_grad_(), numbers(V, D).requires_grad_(), numbers(V).requires_grad_()]
     targets = TARGETS.clone()
     targets[3:5] = -100

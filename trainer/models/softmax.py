@@ -1,24 +1,22 @@
 """From hidden states to log-probabilities of many classes: all at once, or the frequent ones first.
 
-The loss is computed together with its gradient, from one buffer of probabilities that is worked on while a part of it
-is in the cache: for ten thousand words the passes over that memory cost as much as the matrix products.
+The loss is computed together with its gradient, in the buffer of the logits: for ten thousand words, passes over more
+memory than that are felt.
 """
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, field_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels import products
 from trainer.config import Config
 
-CACHED = 1 << 20
-"""Numbers of the part that is worked on at a time."""
 BUFFER = 1 << 26
-"""Numbers of the buffer, at most."""
+"""Numbers of a buffer of probabilities, at most."""
 SMALLEST = 1e-38
 """Probabilities below count as this, so that a loss is finite where float32 has no such number."""
 
@@ -40,14 +38,13 @@ class _LinearNats(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         dx, dw, db = torch.empty_like(x), None, None
         rows = max(1, BUFFER // len(weight))
-        buffer = torch.empty(min(rows, len(x)), len(weight), device=x.device)
         for start in range(0, len(x), rows):
             some = x[start : start + rows]
-            p = buffer[: len(some)]
-            total += _softmax(some, weight, bias, targets[start : start + rows], p)
+            p = products.linear(some, weight, bias).float()
+            total += _softmax(p, targets[start : start + rows])
             if needed:
-                dx[start : start + rows] = torch.mm(p, weight)
-                part = torch.mm(p.T, some).to(weight.dtype)
+                dx[start : start + rows] = products.linear(p, weight.T)
+                part = products.linear(p.T, some.T).to(weight.dtype)
                 dw = part if dw is None else dw.add_(part)
                 db = p.sum(0) if db is None else db.add_(p.sum(0))
         ctx.gradients = (
@@ -63,21 +60,14 @@ class _LinearNats(torch.autograd.Function):
         return dx.mul_(grad), dw.mul_(grad), db.mul_(grad), None, None
 
 
-def _softmax(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """Cross-entropy of some rows; into `out` goes its gradient after the logits."""
+def _softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of some rows; the logits become its gradient after them."""
     counts, places = targets >= 0, targets.clamp(min=0)[:, None]
-    part = max(1, CACHED // len(weight))
-    for a in range(0, len(x), part):
-        p = out[a : a + part]
-        if torch.is_autocast_enabled(x.device.type):
-            p.copy_(F.linear(x[a : a + part], weight, bias))
-        else:
-            torch.addmm(bias, x[a : a + part], weight.T, out=p)
-        torch.softmax(p, 1, out=p)
-    at_target = out.gather(1, places)
-    out.scatter_(1, places, at_target - 1)
+    torch.softmax(logits, 1, out=logits)
+    at_target = logits.gather(1, places)
+    logits.scatter_(1, places, at_target - 1)
     if not bool(counts.all()):
-        out *= counts[:, None]
+        logits *= counts[:, None]
     return -(at_target[:, 0].clamp(min=SMALLEST).log() * counts).sum()
 
 
@@ -146,7 +136,7 @@ class FullSoftmax(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is not None:
             return linear_nats(x, self.weight, self.bias, targets)
-        return F.linear(x, self.weight, self.bias).float().log_softmax(-1)
+        return products.linear(x, self.weight, self.bias).float().log_softmax(-1)
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -202,7 +192,7 @@ class AdaptiveSoftmax(nn.Module):
         bias = self.bias[a + clusters : b + clusters]
         if self.is_tied:
             return x, self.weight[a:b], bias
-        return F.linear(x, getattr(self, f"down_{i}")), getattr(self, f"tail_{i}"), bias
+        return products.linear(x, getattr(self, f"down_{i}")), getattr(self, f"tail_{i}"), bias
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
@@ -216,9 +206,9 @@ class AdaptiveSoftmax(nn.Module):
         return linear_nats(x, *self._head(), first) + torch.stack(total).sum()
 
     def _log_probabilities(self, x: Tensor) -> Tensor:
-        head = F.linear(x, *self._head()).float().log_softmax(-1)
+        head = products.linear(x, *self._head()).float().log_softmax(-1)
         parts = [head[:, : self.head_size]]
         for i in range(len(self.edges) - 1):
-            tail = F.linear(*self._tail(i, x)).float().log_softmax(-1)
+            tail = products.linear(*self._tail(i, x)).float().log_softmax(-1)
             parts.append(head[:, self.head_size + i, None] + tail)
         return torch.cat(parts, -1)
