@@ -126,6 +126,11 @@ def test_evaluation_counts_every_token_and_a_run_generates_and_scores(
     model = scorer.model
     assert made.generate(model, Wish(3, 20, prompt="the")).text == written
     assert made.generate(model, Wish(4, 20, prompt="the")).text != written
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert f"<td>bits per character</td><td class=number>{found['bits_per_character']:.5g}</td>" in page
+    assert "tokens a second" in page
+    assert written in page
     best = made.generate(model, Wish(5, 6, temperature=0.0)).text
     log_p, _ = scorer.start(1)
     assert best[0] == scorer.vocabulary.decode([int(log_p.argmax())])
