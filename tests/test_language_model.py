@@ -105,14 +105,16 @@ def by_hand(made: Any, model: Any, split: str) -> tuple[float, int]:
 def test_evaluation_counts_every_token_and_a_run_generates_and_scores(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_ranks(1, fit, tiny(text, tmp_path, "max_steps=2", "validation.samples=1"), CONFIG)
-    run = tmp_path / "run"
-    speeds = [row["tokens_per_second"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train"]
-    assert len(speeds) == 2
-    assert min(speeds) > 0
+    arguments = tiny(text, tmp_path, "max_steps=2", "validation.samples=1", "schedule={kind: constant}")
+    run_ranks(1, fit, arguments, CONFIG)
+    made, run = recipe.load(CONFIG, arguments), tmp_path / "run"
+    rows = [row for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    shares = [step.lr_share for step in made.build_dataset("train").plan.epoch(0)[:2]]
+    assert shares[0] != shares[1]
+    assert [row["lr"] for row in rows] == [pytest.approx(made.config.optimizer.lr * share) for share in shares]
     assert main(["evaluate", str(run)]) == 0
     found = json.loads((run / "evaluation" / "test.json").read_text())["metrics"]
-    made = recipe.load(CONFIG, tiny(text, tmp_path))
     scorer = Scorer.load(run)
     total, count = by_hand(made, scorer.model, "test")
     assert count == len(TEXTS["test"])
