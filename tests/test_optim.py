@@ -103,7 +103,8 @@ def test_the_mean_of_all_weights_begins_when_validation_gets_worse() -> None:
         net.weight.grad = torch.full_like(net.weight, float(step))
         before = float(net.weight.detach())
         optimizer.step()
-        assert float(net.weight.detach()) == pytest.approx(before - 0.5 * min(step, 1), abs=1e-5)  # clipped to a norm of 1
+        clipped = min(step, 1)  # to a norm of 1
+        assert float(net.weight.detach()) == pytest.approx(before - 0.5 * clipped, abs=1e-5)
         seen.append(float(net.weight.detach()))
         assert ("average" in optimizer.state[net.weight]) == optimizer.triggered
     assert float(optimizer.state[net.weight]["average"]) == pytest.approx(sum(seen[2:]) / 4, abs=1e-5)

@@ -8,8 +8,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trainer.data.vocabulary import WordsConfig
+from trainer.errors import UserError
 from trainer.models import softmax
 from trainer.models.cells import ElmanConfig, GRUConfig, LSTMConfig
+from trainer.models.convert import to_torch
 from trainer.models.language import LanguageModel, LanguageModelConfig
 from trainer.models.rnn import RNNConfig
 from trainer.models.softmax import AdaptiveConfig, FullConfig, linear_nats
@@ -152,6 +154,8 @@ def test_a_narrow_last_layer_and_a_projection_have_the_right_sizes() -> None:
     assert net.output.weight is net.embedding.weight
     assert net.projection.weight.shape == (8, 4)
     assert model("narrow", tied=False).projection is None
+    with pytest.raises(UserError, match="last_size = 4: a module of torch has equal layers"):
+        to_torch(net.rnn)
     with pytest.raises(ValidationError, match=r"num_blocks = 2 does not divide last_size = 5"):
         RNNConfig(hidden_size=8, last_size=5, structure=BlockDiagonalConfig(num_blocks=2))
     with pytest.raises(ValidationError, match="sees what it is to predict"):
