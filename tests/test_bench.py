@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
-from trainer import bench_loader, bench_orthogonal, bench_plan, recipe
+from trainer import bench_language, bench_loader, bench_orthogonal, bench_plan, recipe
 from trainer.__main__ import main
 from trainer.errors import EXIT_USER_MISTAKE
 from trainer.verbs import bench as bench_verb
@@ -165,3 +165,19 @@ def test_the_rival_of_the_orthogonal_net_computes_the_same() -> None:
         rival.output.load_state_dict(ours.output.state_dict())
     x = torch.randn(3, 30, 10)
     torch.testing.assert_close(rival(x), ours(x), rtol=1e-4, atol=1e-6)
+
+
+def contest(ranks: Any, out: Path, monkey: dict[str, Any]) -> dict[str, Any]:
+    for name, value in monkey.items():
+        setattr(bench_language, name, value)
+    assert main(["bench", "language", "--repetitions=1", "--steps=1", f"--json={out}"]) == 0
+    return json.loads(out.read_text())
+
+
+def test_language(tmp_path: Path) -> None:
+    """Before it times anything, the rival computes our loss with our weights."""
+    small = {"VOCABULARY": 60, "TRAINING_WORDS": 3000, "CUTOFF": 20}
+    contests = {"full": (16, 1, False, 1.0), "blocks, adaptive": (16, 2, True, 1.5)}
+    (result,) = run_ranks(1, contest, tmp_path / "language.json", {**small, "CONTESTS": contests})
+    assert list(result["rows"]) == ["full", "blocks, adaptive"]
+    assert all(speed > 0 for row in result["rows"].values() for speed in row["tokens_per_second"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from trainer.models.cells import ElmanConfig
 from trainer.models.parametrizations import CayleyConfig
@@ -15,6 +16,7 @@ from trainer.optim import (
     Plateau,
     PlateauConfig,
     RMSpropConfig,
+    SGDConfig,
     build_optimizer,
     set_lr,
 )
@@ -78,6 +80,36 @@ def test_the_average_follows_its_formula() -> None:
         decay = min(0.5, (1 + t) / (10 + t))
         want = decay * want + (1 - decay) * value
     assert float(optimizer.state[net.weight]["average"]) == pytest.approx(want, rel=1e-5)
+
+
+def test_the_mean_of_all_weights_begins_when_validation_gets_worse() -> None:
+    """Merity et al. 2018, algorithm 1: worse than the best of all but the last n validations before."""
+    plateau = Plateau()
+    values = [5.0, 4.0, 4.5, math.nan, 4.2, 4.1, 4.3, 3.0]
+    triggered = []
+    for step, value in enumerate(values):
+        plateau.observe(value, step, ConstantConfig(), 3)
+        triggered.append(plateau.triggered)
+    assert triggered == [False] * 6 + [True] * 2  # 4.3 > 4.0, and three came between
+    again = Plateau()
+    again.restore(plateau.state())
+    assert again.triggered
+
+    net = torch.nn.Linear(1, 1, bias=False)
+    optimizer = build_optimizer(SGDConfig(lr=0.5, average_trigger=3), net, guards=True)
+    seen = []
+    for step in range(6):
+        optimizer.triggered = step >= 2
+        net.weight.grad = torch.full_like(net.weight, float(step))
+        before = float(net.weight.detach())
+        optimizer.step()
+        clipped = min(step, 1)  # to a norm of 1
+        assert float(net.weight.detach()) == pytest.approx(before - 0.5 * clipped, abs=1e-5)
+        seen.append(float(net.weight.detach()))
+        assert ("average" in optimizer.state[net.weight]) == optimizer.triggered
+    assert float(optimizer.state[net.weight]["average"]) == pytest.approx(sum(seen[2:]) / 4, abs=1e-5)
+    with pytest.raises(ValidationError, match="there is one average"):
+        SGDConfig(average_decay=0.9, average_trigger=5)
 
 
 def test_vectors_do_not_decay() -> None:

@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 
 from trainer.config import Config
 from trainer.errors import UserError
-from trainer.optim import AVERAGE, AdamWConfig, Guarded, RMSpropConfig, build_optimizer
+from trainer.optim import AVERAGE, AnyOptimizerConfig, Guarded, build_optimizer
 from trainer.partitions import BY_STAGE
 
 STORE = "OSTINATO_STORE"
@@ -179,7 +179,7 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 
 def deepspeed_config(
-    zero: ZeroConfig, optimizer: AdamWConfig | RMSpropConfig, precision: Precision, rounds: int, whole: bool = False
+    zero: ZeroConfig, optimizer: AnyOptimizerConfig, precision: Precision, rounds: int, whole: bool = False
 ) -> dict[str, Any]:
     """The DeepSpeed JSON that follows from a run's configuration.
 
@@ -294,7 +294,7 @@ class Trained:
         self,
         model: nn.Module,
         zero: ZeroConfig,
-        optimizer: AdamWConfig | RMSpropConfig,
+        optimizer: AnyOptimizerConfig,
         precision: Precision,
         rounds: int,
         whole: bool = False,

@@ -148,22 +148,24 @@ class Training:
         self._take_back(found)
         self.position = Position(**state["position"])
         self.spikes.losses = list(state["losses"])
-        for name, values in found.tensors(CARRIED).items():
-            number, _, part = name.partition(".")
-            if int(number) % self.ranks.world_size == self.ranks.rank:
-                self.carried.setdefault(int(number), {})[part] = values.to(self.ranks.device)
         self.writer.written_step = self.position.step
         board.saved(self.position.step)
         log.info("resumed from %s", found.folder)
 
     def _take_back(self, found: Checkpoint) -> None:
-        """Weights, optimizer and what follows from validations, as they were."""
+        """Weights, optimizer, what follows from validations, and carried states, as they were."""
         self.trained.allocate(found.slots(), found.state["scalars"])
         found.fill(self.trained.slices(everything=True), self.trained.shapes)
         self.trained.filled()
         self.trained.scale.restore(found.state["scale"])
         self.plateau.restore(found.state["plateau"])
+        self.trained.optimizer.triggered = self.plateau.triggered
         self.best = {int(step): value for step, value in found.state["best"].items()}
+        self.carried.clear()
+        for name, values in found.tensors(CARRIED).items():
+            number, _, part = name.partition(".")
+            if int(number) % self.ranks.world_size == self.ranks.rank:
+                self.carried.setdefault(int(number), {})[part] = values.to(self.ranks.device)
 
     # The loop
 
@@ -300,6 +302,7 @@ class Training:
         """
         where, config, start = self.position, self.config, time.perf_counter()
         lr = config.optimizer.lr * config.schedule.factor(where.applied_steps, where.total_steps, self.plateau)
+        lr *= step.lr_share
         set_lr(self.trained.optimizer, lr)
         self.trained.module.train()
         at_step(self.trained.module, config.seed, where.step)
@@ -364,6 +367,8 @@ class Training:
         self._track(step, loss, means, lr, applied.grad_norm, seconds, waiting / self.ranks.world_size)
         if applied.applied and self.spikes.observe(loss):
             self._roll_back(loss)
+            if step.last:  # a stream starts anew, whatever state came back
+                self.carried.clear()
         if self._profile is not None:
             self._profile.step()
 
@@ -417,6 +422,7 @@ class Training:
                 if "padded_seconds" in step.counts
                 else 0.0,
                 "data_wait_percent": 100 * waited / seconds,
+                **({"tokens_per_second": step.counts["tokens"] / seconds} if "tokens" in step.counts else {}),
                 "step_seconds": seconds,
             },
             f"loss {loss:.4g}  lr {lr:.1e}  {_speed(step, seconds)}  "
@@ -438,7 +444,6 @@ class Training:
         there = found.state["position"]
         where.applied_steps = there["applied_steps"]
         self._take_back(found)
-        self.carried.clear()
         self.tracker.say(f"{told}: took back the steps from {there['step'] + 1} on, which are not trained on again")
         incidents.spike(self.run, self.config, where, loss, usual, there["step"])
         self._may_save = True  # else a run that is killed now would go on from what was taken back
@@ -457,7 +462,11 @@ class Training:
         monitor = self.recipe.monitor
         if monitor not in values:
             raise KeyError(f"the recipe monitors {monitor!r}; validation gives {sorted(values)}")
-        better = self.plateau.observe(values[monitor], where.step, self.config.schedule)
+        trigger, before = self.config.optimizer.average_trigger, self.plateau.triggered
+        better = self.plateau.observe(values[monitor], where.step, self.config.schedule, trigger)
+        self.trained.optimizer.triggered = self.plateau.triggered
+        if self.plateau.triggered and not before:
+            self.tracker.say(f"step {where.step}: from here on the mean of all weights is kept and evaluated")
         if not math.isnan(values[monitor]):
             self.best[where.step] = values[monitor]
         self.tracker.validation(
@@ -542,4 +551,6 @@ def _speed(step: Step, seconds: float) -> str:
     """How fast a step was, in what its data is measured in."""
     if (sound := step.counts.get("seconds")) is not None:
         return f"{sound / seconds:.0f}x real time"
+    if (tokens := step.counts.get("tokens")) is not None:
+        return f"{tokens / seconds:,.0f} tokens/s"
     return f"{step.counts['samples'] / seconds:.0f} samples/s"

@@ -134,6 +134,7 @@ class Evaluator:
             weights_of |= weight
         values = {name: float(m.sum) / max(m.count, 1e-9) for name, m in totals.items()}
         values["loss"] = sum(values[name] * w for name, w in weights_of.items())
+        values |= self.recipe.derive(values)
         return Evaluation(
             values,
             rows=[row for r in everything for row in r[3]],

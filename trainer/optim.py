@@ -8,13 +8,13 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from trainer.config import Config
 
 AVERAGE = "average"
-"""Slot of the exponential moving average of a weight."""
+"""Slot of the average of a weight: the moving one, or that of all steps since it was triggered."""
 PARAMETRIZED = ".parametrizations."
 """Part of the names that torch gives to the numbers behind a parametrised weight."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -32,6 +32,18 @@ class _OptimizerConfig(Config):
     average_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of the weights that evaluation uses; 0 keeps none. It warms up: at step t it is at
     most (1 + t) / (10 + t)."""
+    average_trigger: int | None = Field(None, ge=1)
+    """From the validation on that is worse than the best of those more than so many validations before it, evaluation
+    uses the mean of all weights since then (Merity et al. 2018, arXiv:1708.02182, algorithm 1); null: never."""
+
+    @model_validator(mode="after")
+    def _one_average(self) -> "_OptimizerConfig":
+        if self.average_decay and self.average_trigger:
+            raise ValueError(
+                f"average_decay = {self.average_decay:g} with average_trigger = {self.average_trigger}: there is one "
+                "average; set average_decay to 0, or average_trigger to null"
+            )
+        return self
 
 
 class AdamWConfig(_OptimizerConfig):
@@ -43,7 +55,10 @@ class AdamWConfig(_OptimizerConfig):
 
     def make(self, groups: list[dict[str, Any]]) -> "Guarded":
         """The optimizer of these parameter groups."""
-        return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        # In one pass over the memory: on a CPU that is what a step of large weights takes. A GPU would have to hold the
+        # number of steps.
+        fused = all(p.device.type == "cpu" for group in groups for p in group["params"]) or None
+        return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
 
 class RMSpropConfig(_OptimizerConfig):
@@ -59,7 +74,19 @@ class RMSpropConfig(_OptimizerConfig):
         return RMSprop(groups, lr=self.lr, alpha=self.alpha, momentum=self.momentum, eps=self.eps)
 
 
-OptimizerConfig = Annotated[AdamWConfig | RMSpropConfig, Field(discriminator="kind")]
+class SGDConfig(_OptimizerConfig):
+    """Stochastic gradient descent (Robbins & Monro 1951), with momentum where it is asked for."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.0, ge=0, lt=1)
+
+    def make(self, groups: list[dict[str, Any]]) -> "Guarded":
+        """The optimizer of these parameter groups."""
+        return SGD(groups, lr=self.lr, momentum=self.momentum)
+
+
+AnyOptimizerConfig = AdamWConfig | RMSpropConfig | SGDConfig
+OptimizerConfig = Annotated[AnyOptimizerConfig, Field(discriminator="kind")]
 
 
 class Guarded(torch.optim.Optimizer):
@@ -72,6 +99,7 @@ class Guarded(torch.optim.Optimizer):
     Attributes:
         guards: whether to check and clip.
         clip_norm, average_decay: see the config.
+        triggered: whether the mean of all weights is kept from now on.
         scale: what the gradients have been multiplied by (only where `guards`).
         refused: whether the last step was refused.
         grad_norm: of the last step, before clipping (only where `guards`).
@@ -80,6 +108,7 @@ class Guarded(torch.optim.Optimizer):
     guards = True
     clip_norm = 0.0
     average_decay = 0.0
+    triggered = False
     scale = 1.0
     refused = False
     grad_norm = 0.0
@@ -98,10 +127,12 @@ class Guarded(torch.optim.Optimizer):
             if self.clip_norm and (scale := self.clip_norm / (self.grad_norm + 1e-6)) < 1:
                 torch._foreach_mul_(grads, scale)
         super().step(closure)
-        if self.average_decay:
+        if self.average_decay or self.triggered:
             for group in filter(lambda group: group["params"], self.param_groups):  # ZeRO 3 shows one at a time
                 group["steps"] += 1
                 decay = min(self.average_decay, (1 + group["steps"]) / (10 + group["steps"]))
+                if self.triggered:
+                    decay = 1 - 1 / group["steps"]
                 for p in group["params"]:
                     if AVERAGE in self.state[p]:
                         self.state[p][AVERAGE].lerp_(p, 1 - decay)
@@ -115,6 +146,10 @@ class AdamW(Guarded, torch.optim.AdamW):
 
 class RMSprop(Guarded, torch.optim.RMSprop):
     """RMSprop with the guard and the average."""
+
+
+class SGD(Guarded, torch.optim.SGD):
+    """SGD with the guard and the average."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, parametrized_lr: float) -> list[dict[str, Any]]:
@@ -131,7 +166,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, parametrized_lr: flo
     return [{**g, "params": [by_name[n] for n in g["names"]], "steps": 0} for g in groups if g["names"]]
 
 
-def build_optimizer(config: AdamWConfig | RMSpropConfig, model: nn.Module, guards: bool) -> Guarded:
+def build_optimizer(config: AnyOptimizerConfig, model: nn.Module, guards: bool) -> Guarded:
     """The optimizer of a model; `guards`: whether it sees whole gradients (ZeRO 0)."""
     optimizer = config.make(parameter_groups(model, config.weight_decay, config.parametrized_lr))
     optimizer.guards = guards
@@ -205,9 +240,24 @@ class Plateau:
         self.since_best = 0
         self.since_cut = 0
         self.scale = 1.0
+        self.values: list[float] = []
+        self.triggered = False
 
-    def observe(self, value: float, step: int, schedule: CosineConfig | PlateauConfig | ConstantConfig) -> bool:
-        """Take in a validation; true if it is the best so far. A NaN never is."""
+    def observe(
+        self,
+        value: float,
+        step: int,
+        schedule: CosineConfig | PlateauConfig | ConstantConfig,
+        trigger: int | None = None,
+    ) -> bool:
+        """Take in a validation; true if it is the best so far. A NaN never is.
+
+        Args:
+            trigger: see `average_trigger` of the optimizers.
+        """
+        if trigger is not None and not math.isnan(value):
+            self.triggered |= len(self.values) > trigger and value > min(self.values[:-trigger])
+            self.values.append(value)
         if not math.isnan(value) and (self.best is None or value < self.best):
             self.best, self.best_step, self.since_best, self.since_cut = value, step, 0, 0
             return True

@@ -74,6 +74,7 @@ def _axes(ylabel: str) -> tuple[Figure, Axes]:
 def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
     """Pictures over optimizer steps, by name; one that would be empty is left out."""
     figures: dict[str, Figure] = {}
+    sound = not any(series(train, "tokens_per_second")[1]) or any(series(train, "audio_hours_per_second")[1])
     figures["loss"], axes = _axes("loss")
     _curve(axes, train, "loss", "training, smoothed", BLUE)
     axes.plot(*series(valid, "loss"), "o-", color=ORANGE, label="validation", markersize=4)
@@ -83,7 +84,7 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
         margin = 0.05 * (max(settled) - min(settled))
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
     hours = dict(zip(*series(train, "audio_hours"), strict=True))
-    if len(hours) > 1:
+    if len(hours) > 1 and sound:
         top = axes.twiny()
         top.set_xlim(axes.get_xlim())
         ticks = [list(hours)[round(i * (len(hours) - 1) / 4)] for i in range(5)]
@@ -109,8 +110,9 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
     for i, row in enumerate(refused):
         axes.axvline(row["step"], color=ORANGE, linestyle=":", label=None if i else "refused step")
 
-    figures["throughput"], axes = _axes("hours of audio an hour (x real time)")
-    _curve(axes, train, "audio_hours_per_second", "throughput, smoothed", BLUE, 3600)
+    figures["throughput"], axes = _axes("hours of audio an hour (x real time)" if sound else "tokens a second")
+    speed = ("audio_hours_per_second", 3600) if sound else ("tokens_per_second", 1)
+    _curve(axes, train, speed[0], "throughput, smoothed", BLUE, speed[1])
     axes.set_ylim(0, None)
 
     figures["padding-and-waiting"], axes = _axes("%")

@@ -20,6 +20,7 @@ from trainer.config import PROJECT, Config, Free
 from trainer.data.dataset import Batch, Dataset, Media
 from trainer.data.generated import GeneratedConfig
 from trainer.data.plan import BucketedConfig
+from trainer.data.stream import StreamConfig
 from trainer.distributed import Precision, ZeroConfig
 from trainer.errors import UserError
 from trainer.metrics import Loss, Mean
@@ -141,7 +142,7 @@ class RunConfig(Config):
     the same numbers."""
     profile: Free[bool] = False
     """Write a trace of a few steps to RUN/profile/."""
-    plan: BucketedConfig | GeneratedConfig = BucketedConfig()
+    plan: BucketedConfig | GeneratedConfig | StreamConfig = BucketedConfig()
     """A recipe says which of them its data follows."""
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
@@ -219,6 +220,10 @@ class Recipe(Generic[C]):
             UserError: the task has nothing to generate, or the wish cannot be met.
         """
         raise UserError(f"{self.config.name}: the recipe {self.config.recipe} has nothing to generate")
+
+    def derive(self, values: dict[str, float]) -> dict[str, float]:
+        """Numbers of an evaluation that follow from its means, such as the perplexity; none by default."""
+        return {}
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         """Facts about the model for `plan` and the report, e.g. the share of the weights that is recurrent."""

@@ -267,6 +267,8 @@ def _facts(
             boxes.append(("of audio trained on", f"{hours:.3g} h"))
         if any(speeds):
             boxes.append(("median throughput", f"{statistics.median(speeds):,.0f} x real time"))
+        elif tokens := series(train, "tokens_per_second")[1]:
+            boxes.append(("median throughput", f"{statistics.median(tokens):,.0f} tokens a second"))
     if valid:
         boxes.append(("in validation", _duration(sum(r.get("seconds") or 0.0 for r in valid))))
     if "world_size" in state:
@@ -284,7 +286,7 @@ def _curves(figures: dict[str, Figure], folder: Path) -> str:
 
 def _errors(evaluations: dict[str, dict[str, Any]], valid: Rows) -> str:
     sources = {
-        f"{split}, step {e.get('step', '?')}, {len(e['rows'])} samples": e["metrics"]
+        f"{split}, step {e.get('step', '?')}, {e.get('scored', len(e['rows']))} samples": e["metrics"]
         for split, e in evaluations.items()
     }
     if valid:
@@ -293,6 +295,12 @@ def _errors(evaluations: dict[str, dict[str, Any]], valid: Rows) -> str:
     for title, metrics in sources.items():
         for name, values in error_rates(metrics).items():
             lines.append([title, name.upper(), *("" if v is None else f"{100 * v:.2f}" for v in values)])
+    if not lines and sources:  # a task without error rates
+        told = {"step", "epoch", "seconds", "time", "best", "kind"}
+        for title, metrics in sources.items():
+            numbers = {n: v for n, v in metrics.items() if n not in told and isinstance(v, (int, float))}
+            lines += [[title, name.replace("_", " "), f"{value:.5g}"] for name, value in numbers.items()]
+        return _table(lines, ("split", "", "value"), numbers=1)
     if not lines:
         return "<p>Nothing has been validated or evaluated yet.</p>"
     return _table(lines, ("split", "", "errors, %", *(f"{part}, %" for part in PARTS)), numbers=4)

@@ -133,7 +133,7 @@ class RunDirectory:
             _keep_lines(path, lambda row: row["step"] <= step)
 
 
-CLOCKS = frozenset({"seconds", "step_seconds", "data_wait_percent", "audio_hours_per_second"})
+CLOCKS = frozenset({"seconds", "step_seconds", "data_wait_percent", "audio_hours_per_second", "tokens_per_second"})
 """Numbers of `metrics.jsonl` that a clock has measured: two runs that do the same differ in these alone."""
 
 PLAN, READING, BEFORE = "by the plan", "by reading", "before this run"

@@ -154,3 +154,51 @@ def test_a_refused_step_resets_it(tmp_path: Path) -> None:
     want = by_hand(result["first"], 3, "train", poisoned=1)
     assert result["train"][1] is None
     assert [result["train"][0], result["train"][2]] == pytest.approx([want[0], want[2]], rel=1e-5)
+
+
+def spiking(ranks: Any, folder: Path, spike_step: int) -> list[dict[int, Tensor]]:
+    """Train over a spike; what is carried after each step."""
+    from trainer.engine import Training
+
+    config = RunConfig(
+        recipe="stream",
+        name=f"spike{spike_step}",
+        runs_dir=folder,
+        max_steps=6,
+        num_workers=0,
+        tracking={"wandb": "disabled"},
+        checkpoint={"every_steps": 1},
+        spikes={"factor": 10.0, "window_steps": 1},
+        validation={"every_steps": 99},
+    )
+    training = Training(Stream(config), ranks)
+    original, seen = training.recipe.step, []
+
+    def step(model: nn.Module, batch: Any, state: State | None = None) -> StepOutput:
+        output = original(model, batch, state)
+        if training.position.step + 1 == spike_step and model.training:
+            output.losses["square"] = Loss(output.losses["square"].sum * 100, 1.0, "samples")
+        return output
+
+    training.recipe.step = step  # type: ignore[method-assign]
+    original_step = training.step
+
+    def watch(*arguments: Any) -> None:
+        training.writer.wait()
+        original_step(*arguments)
+        seen.append({number: state["h"].clone() for number, state in training.carried.items()})
+
+    training.step = watch  # type: ignore[method-assign]
+    training.fit()
+    assert training.position.taken_back == [[spike_step, spike_step]]
+    return seen
+
+
+def test_a_spike_brings_back_the_states_that_go_with_the_weights(tmp_path: Path) -> None:
+    """But at the end of an epoch, after which a stream starts anew."""
+    for seen in run_ranks(2, spiking, tmp_path, 5):
+        assert seen[4].keys() == seen[3].keys() != set()
+        assert all(torch.equal(seen[4][number], h) for number, h in seen[3].items())
+    for seen in run_ranks(2, spiking, tmp_path, 3):
+        assert seen[1]
+        assert not seen[2]

@@ -1,7 +1,7 @@
 """The batches of one rank, in the order of the plan, loaded ahead by threads.
 
 Threads, since nearly all of the work (reading, decoding, checksums, resampling, features) is done by compiled code that
-lets go of the interpreter: docs/decisions/0008.
+lets go of the interpreter: docs/decisions/0009.
 """
 
 import time

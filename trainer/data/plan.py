@@ -73,6 +73,8 @@ class Step:
     """Totals over the step: samples, tokens, seconds (of sound), padded_seconds (what the devices compute)."""
     last: bool = False
     """Whether the epoch ends with it."""
+    lr_share: float = 1.0
+    """The step's share of the learning rate: half as long a window of a stream moves the weights half as far."""
 
 
 @dataclass(frozen=True)

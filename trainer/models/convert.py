@@ -24,11 +24,16 @@ def to_torch(rnn: RNN) -> tuple[nn.RNNBase, list[str]]:
     Rows of different lengths go into it through `nn.utils.rnn.pack_padded_sequence`, so that its backward direction
     starts at each row's own last frame, as ours does.
 
+    Raises:
+        UserError: the last layer has another size.
+
     Returns:
         the module, batch first, of the stack's type and on its device; and what the stack computes and the module does
         not. If that list is empty, both give the same outputs.
     """
     config, first = rnn.config, next(rnn.recurrent_layers())
+    if config.last_size not in (None, config.hidden_size):
+        raise UserError(f"last_size = {config.last_size}: a module of torch has equal layers; take null")
     options: dict[str, Any] = {"nonlinearity": "relu"} if getattr(config.cell, "activation", None) == "relu" else {}
     module = MODULES[config.cell.kind](
         input_size=first.weight_ih.shape[1],
@@ -99,6 +104,8 @@ def _refuse(config: RNNConfig) -> None:
         raise UserError(
             f"parametrization.kind = {config.parametrization.kind}: its weights follow from other numbers; take free"
         )
+    if config.last_size not in (None, config.hidden_size):
+        raise UserError(f"last_size = {config.last_size}: a module of torch has equal layers; take null")
     if config.structure.kind == "low_rank":
         raise UserError("structure.kind = low_rank: a matrix of torch has no factors; take another structure")
     if config.cell.name == "rnn_modrelu":

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels import products
+
 
 def recurrent_term(matrix: Tensor, h: Tensor) -> Tensor:
     """W h of all frames at once.
@@ -36,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if 1 < len(weight) <= THIN and bias is not None and not torch.is_autocast_enabled(x.device.type):
             thin: Tensor = _ThinOutput.apply(x, weight, bias)
             return thin
-    return nn.functional.linear(x, weight, bias)
+    return products.linear(x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2])
 
 
 class _ThinOutput(torch.autograd.Function):

@@ -38,6 +38,8 @@ class RNNConfig(Config):
 
     hidden_size: PositiveInt = 256
     """H, units a direction."""
+    last_size: PositiveInt | None = None
+    """Units of the last layer, where they are others; null: H too."""
     num_layers: PositiveInt = 3
     cell: CellConfig = LSTMConfig()
     structure: StructureConfig = DenseConfig()
@@ -67,7 +69,11 @@ class RNNConfig(Config):
         num_blocks = getattr(self.structure, "num_blocks", 1)
         if size % num_blocks:
             raise ValueError(f"structure.num_blocks = {num_blocks} does not divide hidden_size = {size}; change either")
-        if (width := getattr(self.structure, "half_width", 0)) >= size:
+        if self.last_size is not None and self.last_size % num_blocks:
+            raise ValueError(
+                f"structure.num_blocks = {num_blocks} does not divide last_size = {self.last_size}; change either"
+            )
+        if (width := getattr(self.structure, "half_width", 0)) >= min(size, self.last_size or size):
             raise ValueError(f"structure.half_width = {width} with hidden_size = {size}: wanted less than that")
         rule, start = self.parametrization.kind, self.initialization.kind
         if rule != "free" and kind in ("banded", "low_rank", "sparse"):
@@ -102,7 +108,12 @@ class RNNConfig(Config):
     @property
     def output_size(self) -> int:
         """Width of the stack's output."""
-        return self.hidden_size * (2 if self.directions == "concat" else 1)
+        return (self.last_size or self.hidden_size) * (2 if self.directions == "concat" else 1)
+
+    def of_layer(self, number: int) -> "RNNConfig":
+        """Of a layer by itself."""
+        last = self.last_size is not None and number == self.num_layers - 1
+        return self.model_copy(update={"hidden_size": self.last_size, "last_size": None}) if last else self
 
     def build(self, input_size: int) -> "RNN":
         return RNN(self, input_size)
@@ -304,11 +315,14 @@ class Layer(Block, nn.ModuleList):
     """The directions of one layer.
 
     Shape:
-        x: (T, B, D), lengths: (B,) or None -> (T, B, R H), and the last state of each direction
+        x: (T, B, D), lengths: (B,) or None, the first state (of a layer with one direction) or None for zeros
+        returns: (T, B, R H), and the last state of each direction
     """
 
-    def compute(self, x: Tensor, lengths: Tensor | None, drawn: Drawn | None = None) -> Output:
-        return run(list(self), x, lengths, [None] * len(self), drawn)  # type: ignore[arg-type]
+    def compute(
+        self, x: Tensor, lengths: Tensor | None, drawn: Drawn | None = None, state: State | None = None
+    ) -> Output:
+        return run(list(self), x, lengths, [state] * len(self), drawn)  # type: ignore[arg-type]
 
 
 class RNN(nn.Module):
@@ -339,37 +353,61 @@ class RNN(nn.Module):
         for i in range(config.num_layers):
             self.norms.append(build_norm(config.norm, size))
             flags = [False] if config.directions == "forward" else [False, True]
-            ways = [RecurrentLayer(config, size, flag, self.regularizer, f"{i}.{w}") for w, flag in enumerate(flags)]
+            own = config.of_layer(i)
+            ways = [RecurrentLayer(own, size, flag, self.regularizer, f"{i}.{w}") for w, flag in enumerate(flags)]
             self.layers.append(Layer(ways) if fast is None else moments.MomentLayer(ways[0], fast))
             self.dropouts.append(KeyedDropout(config.dropout, f"rnn.{i}"))
-            size = config.output_size
+            size = own.hidden_size * (len(flags) if config.directions == "concat" else 1)
         self.final_norm = build_norm(config.norm, size)
 
     def forward(
         self, x: Tensor, lengths: Tensor | None, noise_keys: Tensor | None = None, all_layers: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        mask = None if lengths is None else frame_mask(lengths, x.shape[1])
-        hidden: list[Tensor] = []
         if self.config.regularizers.fast_dropout is not None:
             return self._propagate(x, lengths, noise_keys)
+        x, hidden, _ = self.carry(x, lengths, None, noise_keys, all_layers)
+        return x, hidden
+
+    def carry(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        states: Sequence[State] | None,
+        noise_keys: Tensor | None = None,
+        all_layers: bool = False,
+    ) -> tuple[Tensor, list[Tensor], list[State]]:
+        """The same of a part of a stream: from the last states of the part before, to its own.
+
+        Args:
+            states: of each layer, which have one direction; None for zeros.
+
+        Returns:
+            also the last state of each layer's first direction.
+        """
+        mask = None if lengths is None else frame_mask(lengths, x.shape[1])
+        hidden: list[Tensor] = []
+        carried: list[State] = []
         gated = self.config.cell.kind != "rnn"
-        for i, (norm, layer, dropout) in enumerate(zip(self.norms, self.layers, self.dropouts, strict=True)):
+        given: Sequence[State | None] = states or [None] * len(self.layers)
+        stack = zip(self.norms, self.layers, self.dropouts, given, strict=True)
+        for i, (norm, layer, dropout, state) in enumerate(stack):
             inputs = norm(x, mask)
             if not i:
                 inputs = self.regularizer.input(inputs, noise_keys)
             inputs = inputs.transpose(0, 1).contiguous()  # (T, B, D)
-            width = self.config.hidden_size * (1 if self.config.directions == "forward" else 2)
-            y, _ = layer(inputs, lengths, self.regularizer.draw(i, inputs, width, noise_keys, gated))
+            width = self.config.of_layer(i).hidden_size * len(layer)  # type: ignore[arg-type]
+            y, last = layer(inputs, lengths, self.regularizer.draw(i, inputs, width, noise_keys, gated), state)
+            carried.append(last[0])
             if self.config.directions == "sum":
                 y = y.unflatten(-1, (2, -1)).sum(-2)
             y = y.transpose(0, 1)  # (B, T, H)
             if all_layers:
                 hidden.append(y)
-            states, y = y, self.regularizer.output(i, dropout(y, noise_keys), noise_keys)
-            self.regularizer.watch(i, states, y, lengths)
+            clean, y = y, self.regularizer.output(i, dropout(y, noise_keys), noise_keys)
+            self.regularizer.watch(i, clean, y, lengths)
             x = x + y if self.config.residual and x.shape == y.shape else y
         x = self.final_norm(x, mask)
-        return x if mask is None else x * mask[..., None], hidden
+        return x if mask is None else x * mask[..., None], hidden, carried
 
     def _propagate(self, x: Tensor, lengths: Tensor | None, noise_keys: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Means and variances instead of samples; the mean is returned, and for each layer."""
@@ -400,10 +438,11 @@ class RNN(nn.Module):
         rule = "" if config.parametrization.kind == "free" else f" {config.parametrization.kind}"
         weights = sum(layer.weight_hh.num_weights() for layer in layers)
         adds = sum(layer.weight_hh.multiply_adds() for layer in layers)
-        dense = sum(GATES[config.cell.kind] * config.hidden_size**2 for _ in layers)
+        dense = sum(GATES[config.cell.kind] * layer.hidden_size**2 for layer in layers)
         active = config.regularizers.active()
+        last = f", the last of {config.last_size}" if config.last_size else ""
         return {
             **({"regularizers": ", ".join(f"{name} {value}" for name, value in active.items())} if active else {}),
-            "recurrence": f"{len(layers)} x {config.structure.kind}{rule} {cell} of {config.hidden_size} units",
+            "recurrence": f"{len(layers)} x {config.structure.kind}{rule} {cell} of {config.hidden_size} units{last}",
             "recurrent weights": f"{weights:,}; {adds:,} multiply-adds a step and row, {adds / dense:.2%} of dense",
         }

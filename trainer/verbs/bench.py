@@ -4,13 +4,14 @@
     ./launch.sh bench loader speech/read_ru      the loader against webdataset, files and lhotse (where it is installed)
     ./launch.sh bench kernels                    every kernel against torch, a loop, and its own floor, on one thread
     ./launch.sh bench orthogonal                 cost of an orthogonal matrix; copying against torch's parts, one thread
+    ./launch.sh bench language                   tokens a second of language models against torch's parts
     ./launch.sh bench plan speech/read_ru        time and memory of index and plan of large synthetic corpora, padding
     ./launch.sh bench batch-size speech/read_ru  the largest safe plan.micro_batch_seconds on this device
 
-The rivals stand in trainer/bench.py, bench_loader.py and bench_orthogonal.py, and in kernels/bench.py. Lines of blocks
-are measured against FlashRNN too, where `pip install flashrnn packaging einops` was done. Close other programs first;
-the spread (quartiles) tells whether it was quiet. A corpus of `bench plan` with 10 million utterances takes 4 GB under
---folder (or TMPDIR).
+The rivals stand in trainer/bench.py, bench_loader.py, bench_orthogonal.py and bench_language.py, and in
+kernels/bench.py. Lines of blocks are measured against FlashRNN too, where `pip install flashrnn packaging einops` was
+done. Close other programs first; the spread (quartiles) tells whether it was quiet. A corpus of `bench plan` with 10
+million utterances takes 4 GB under --folder (or TMPDIR).
 """
 
 import argparse
@@ -23,14 +24,16 @@ from trainer.verbs import add_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["step", "loader", "kernels", "orthogonal", "plan", "batch-size", "scaling"])
+    parser.add_argument(
+        "what", choices=["step", "loader", "kernels", "orthogonal", "language", "plan", "batch-size", "scaling"]
+    )
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="speech/read_ru")
     add_overrides(parser)
-    parser.add_argument("--repetitions", type=int, default=7, help="of every way of step, loader, scaling (default 7)")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a repetition of these (default 8)")
+    parser.add_argument("--repetitions", type=int, default=7, help="of every way of a thing (default 7)")
+    parser.add_argument("--steps", type=int, default=8, help="of step, language, scaling: optimizer steps (default 8)")
     parser.add_argument("--hours", type=float, default=1.0, help="of sound for loader (default 1)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line of kernels (default 2)")
-    parser.add_argument("--only", default="", help="lines of kernels with this text in their names")
+    parser.add_argument("--only", default="", help="lines of kernels or language with this text in their names")
     parser.add_argument("--sizes", default="100000,1000000", help="utterances of the corpora of plan, e.g. 10000000")
     parser.add_argument("--per-shard", type=int, default=500, help="utterances in a shard of plan (default 500)")
     parser.add_argument("--world-size", type=int, default=2, help="processes of plan, scaling (default 2)")
@@ -50,6 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
     others = {
         "kernels": _kernels,
         "orthogonal": _orthogonal,
+        "language": _language,
         "plan": _plan,
         "batch-size": _batch_size,
         "scaling": _scaling,
@@ -179,6 +183,29 @@ def _scaling(arguments: argparse.Namespace) -> dict[str, Any]:
         table.add_row(str(row["devices"]), *milliseconds, *shares)
     console.print(table)
     return result
+
+
+def _language(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer import bench_language, distributed
+
+    ranks = distributed.start()
+    what = (arguments.overrides, arguments.repetitions, arguments.steps, arguments.only)
+    try:
+        rows = bench_language.run(ranks, *what)
+    finally:
+        distributed.stop()
+    table = Table(title=f"a training step, {torch.get_num_threads()} thread(s): ratios are medians (quartiles)")
+    for heading in ("", "tokens/s", "torch's", "by the clock", "by processor time", "wanted"):
+        table.add_column(heading)
+    for name, row in rows.items():
+        shown = [f"{v['median']:.2f} ({v['low']:.2f}-{v['high']:.2f})" for v in (row["clock"], row["processor"])]
+        table.add_row(name, *(f"{x:,.0f}" for x in row["tokens_per_second"]), *shown, row["wanted"])
+    Console(width=150 if not sys.stdout.isatty() else None).print(table)
+    return {"rows": rows, "threads": torch.get_num_threads()}
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -106,7 +106,9 @@ def _worst(recipe: "Recipe[Any]", dataset: "Dataset", steps: "Steps", model: "nn
 
     _, _, grown = memory.taken(device, work)
     size = worst[0].cost / len(worst[0].samples)
-    length = f"up to {size:.1f} s" if "seconds" in steps[0].counts else f"{size:,.0f} frames"
+    counts = steps[0].counts
+    unit = "frames" if "frames" in counts else "tokens"
+    length = f"up to {size:.1f} s" if "seconds" in counts else f"{size:,.0f} {unit}"
     return f"{len(worst[0].samples)} samples of {length}", grown
 
 

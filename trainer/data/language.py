@@ -1,0 +1,165 @@
+"""Text for language models: `prepare` turns a corpus into numbered tokens on the disk, a split is read from there.
+
+data.path/
+  raw/              what was fetched
+  vocabulary        the tokens, in the form of their kind
+  train.npy ...     the tokens of each split, (N,) uint16 or int32
+  corpus.json       settings, and the counts of each split; written last
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config import Config, Free, plain, show
+from trainer.data.corpora.base import Progress
+from trainer.data.stream import StreamConfig, StreamDataset, StreamPlan
+from trainer.data.texts import SPLITS, AustenConfig, Split, TextCorpusConfig
+from trainer.data.vocabulary import CharactersConfig, Vocabulary, VocabularyConfig
+from trainer.errors import UserError
+
+FORMAT = 1
+
+
+class LanguageDataConfig(Config):
+    """A corpus and what its tokens are."""
+
+    path: Free[Path] = Path("data/austen_characters")
+    """Folder for what `prepare` makes; another one for other tokens of the same corpus."""
+    corpus: TextCorpusConfig = AustenConfig()
+    tokens: VocabularyConfig = CharactersConfig()
+
+    def settings(self) -> dict[str, Any]:
+        """What the prepared files depend on, but for places on a disk."""
+        corpus = {name: value for name, value in plain(self.corpus).items() if name not in ("path", *SPLITS)}
+        return {"format": FORMAT, "corpus": corpus, "tokens": plain(self.tokens)}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much text a split is."""
+
+    tokens: int
+    """The ends of lines included, where they are tokens."""
+    characters: int
+    words: int
+    """Separated by spaces, with one for the end of each line."""
+    crc32: int
+    """Of the tokens as int32."""
+
+
+def prepare(config: LanguageDataConfig, progress: Progress) -> dict[Split, Counts]:
+    """Read a corpus, learn the vocabulary, number everything; nothing if that was done.
+
+    Raises:
+        UserError: a file is missing, or is not what it should be.
+    """
+    folder = config.path
+    if (found := _read_facts(folder)) is not None and found["settings"] == config.settings():
+        return {split: Counts(**found["splits"][split]) for split in SPLITS}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.path = {folder}: cannot be made: {error.strerror}; name another folder") from error
+    (folder / "corpus.json").unlink(missing_ok=True)
+    texts = config.corpus.read(folder, progress)
+    if empty := [split for split in SPLITS if not texts[split]]:
+        raise UserError(f"data.corpus.kind = {config.corpus.kind}: holds no text for {', '.join(empty)}")
+    progress("vocabulary", 0, 1)
+    vocabulary: Vocabulary = config.tokens.learn(texts)
+    progress("vocabulary", 1, 1)
+    (folder / "vocabulary").write_bytes(vocabulary.save())
+    kind = np.uint16 if len(vocabulary) <= 1 << 16 else np.int32
+    counts: dict[Split, Counts] = {}
+    for number, split in enumerate(SPLITS, 1):
+        text = texts[split]
+        tokens = vocabulary.encode(text)
+        np.save(folder / f"{split}.npy", tokens.astype(kind))
+        words = len(text.split()) + text.count("\n")
+        counts[split] = Counts(len(tokens), len(text), words, zlib.crc32(tokens.tobytes()))
+        progress("splits", number, len(SPLITS))
+    facts = {"settings": config.settings(), "splits": {split: c.__dict__ for split, c in counts.items()}}
+    temporary = folder / "corpus.json.tmp"
+    temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    temporary.replace(folder / "corpus.json")
+    return counts
+
+
+def _read_facts(folder: Path) -> dict[str, Any] | None:
+    try:
+        facts: dict[str, Any] = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{show(folder / 'corpus.json')}: is damaged; delete it and run `./launch.sh prepare`"
+        ) from error
+    return facts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus as `prepare` left it."""
+
+    folder: Path
+    counts: dict[Split, Counts]
+    config: LanguageDataConfig
+
+    @classmethod
+    def open(cls, config: LanguageDataConfig) -> "Prepared":
+        """What is in `data.path`.
+
+        Raises:
+            UserError: nothing, or something made with other settings.
+        """
+        facts = _read_facts(config.path)
+        cure = "run `./launch.sh prepare CONFIG`"
+        if facts is None:
+            raise UserError(f"data.path = {config.path}: holds no prepared text yet; {cure}")
+        if facts["settings"] != config.settings():
+            raise UserError(
+                f"data.path = {config.path}: was prepared as {facts['settings']}, wanted {config.settings()}; "
+                f"set another data.path, or {cure}"
+            )
+        return cls(config.path, {split: Counts(**facts["splits"][split]) for split in SPLITS}, config)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens."""
+        path = self.folder / "vocabulary"
+        try:
+            return self.config.tokens.load(path.read_bytes())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{show(path)}: cannot be read ({error}); delete corpus.json beside it and run `./launch.sh prepare`"
+            ) from error
+
+    def tokens(self, split: Split) -> NDArray[np.integer]:
+        """The tokens of a split, on the disk."""
+        path = self.folder / f"{split}.npy"
+        try:
+            found: NDArray[np.integer] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{show(path)}: cannot be read ({error}); delete corpus.json beside it and run `./launch.sh prepare`"
+            ) from error
+        if len(found) != (wanted := self.counts[split].tokens):
+            raise UserError(f"{show(path)}: holds {len(found):,} tokens, wanted {wanted:,}; prepare it again")
+        return found
+
+    def dataset(self, split: Split, plan: StreamConfig, seed: int) -> StreamDataset:
+        """A split in streams."""
+        counts, vocabulary = self.counts[split], self.vocabulary
+        return StreamDataset(
+            StreamPlan(plan, counts.tokens, seed, training=split == "train"),
+            self.tokens(split),
+            vocabulary.start,
+            {"samples": f"{split}: {counts.tokens} tokens {counts.crc32:08x}", "tokens": vocabulary.identity},
+            {"characters": counts.characters / counts.tokens, "words": counts.words / counts.tokens},
+        )
