@@ -46,6 +46,7 @@ def make_run(folder: Path, corpus: Path, finished: bool) -> tuple[RunDirectory, 
         rates = {f"cer{kind}": 0.1 for kind in ("", "_insertions", "_deletions", "_substitutions")}
         append(run.metrics, [{"kind": "validation", "step": 8, "epoch": 0, "loss": 0.5, **rates}])
         append(run.refused, [{"step": 3, "epoch": 0, "keys": ["a"]}])
+        append(run.spikes, [{"step": 9, "epoch": 0, "loss": 77.5, "usual": 1.5, "taken_back_from": 7}])
         append(run.quarantine, [{"key": EVIL, "reason": EVIL, "epoch": 0, "step": 2}])
         rows = [
             {"key": k, "errors": 1, "length": 4, "columns": {"reference": "abcd", "hypothesis": EVIL}} for k in keys
@@ -95,6 +96,8 @@ def test_a_finished_run(corpus: Path, tmp_path: Path) -> None:
     for title in ("Curves", "Errors", "Samples of test", "Bad samples and refused steps", "Configuration", "Versions"):
         assert f"<h2>{title}" in text
     assert "1 refused" in text
+    assert "77.5</td>" in text
+    assert "7 to 9" in text
 
 
 def test_data_is_never_markup_and_nothing_is_loaded(corpus: Path, tmp_path: Path) -> None:

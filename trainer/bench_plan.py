@@ -347,6 +347,8 @@ def disorder(plan: BucketedPlan, epochs: tuple[int, int] = (0, 1)) -> dict[str, 
 
     Returns:
         `padding_percent`: share of what the devices compute that is padding;
+        `balance_percent`: mean over largest cost of the micro-batches of a step, over all full steps: what is left of
+            the speed of as many ranks as a step has micro-batches, if nothing else holds them up;
         `displacement`: mean distance of a sample from its place in the corpus, as a share of the corpus, and
         `displacement_between_epochs`: from its place in the epoch before; both 1/3 for an order drawn uniformly;
         `bucket_bits`: entropy of the bucket of a step, and `bucket_bits_given_the_last`: of the same where the bucket
@@ -364,6 +366,7 @@ def disorder(plan: BucketedPlan, epochs: tuple[int, int] = (0, 1)) -> dict[str, 
     alone = _bits(np.bincount(buckets))
     return {
         "padding_percent": 100 * (1 - totals["seconds"] / totals["padded_seconds"]),
+        "balance_percent": 100 * _balance(first),
         "budget_filled_percent": 100
         * totals["padded_seconds"]
         / (plan.config.micro_batch_seconds * len(first.planned["batch_end"])),
@@ -389,6 +392,14 @@ def _buckets(plan: BucketedPlan, steps: EpochSteps) -> NDArray[np.int64]:
     sizes = np.diff(p["batch_end"].astype(np.int64), prepend=0)
     longest = p["batch_cost"][first] / sizes[first]
     return np.searchsorted(plan.edges, longest * (1 + 1e-12), side="right")
+
+
+def _balance(steps: EpochSteps) -> float:
+    costs, ends = steps.planned["batch_cost"].astype(np.float64), steps.planned["step_end"].astype(np.int64)
+    sizes = np.diff(ends, prepend=0)
+    full = sizes == sizes.max()
+    together, largest = (f.reduceat(costs, ends - sizes)[full] for f in (np.add, np.maximum))
+    return float(together.sum() / (largest.sum() * sizes.max()))
 
 
 def _bits(counts: NDArray[Any]) -> float:

@@ -185,7 +185,9 @@ def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float
         "Errors": _errors(evaluations, valid),
         f"Samples of {split}": _samples(evaluations.get(split), recipe, name, split, folder),
         "Generated": _generated(run.path / "generated"),
-        "Bad samples and refused steps": _faults(list(read_lines(run.quarantine)), refused) + damage,
+        "Bad samples and refused steps": _faults(list(read_lines(run.quarantine)), refused)
+        + _spikes(list(read_lines(run.spikes)))
+        + damage,
         "Configuration": _configuration(recipe),
         "Versions and machine": _machine(state),
     }
@@ -401,6 +403,16 @@ def _faults(bad: Rows, refused: Rows) -> str:
     return text + _table(
         [(r["step"], r.get("epoch"), _some(r.get("keys", []))) for r in refused[:SHOWN]], ("step", "epoch", "samples")
     )
+
+
+def _spikes(rows: Rows) -> str:
+    if not rows:
+        return ""
+    lines = [
+        (r["step"], f"{r['loss']:.4g}", f"{r['usual']:.4g}", f"{r['taken_back_from']} to {r['step']}") for r in rows
+    ]
+    head = ("step", "loss", "usual before", "steps taken back")
+    return "<p>The loss jumped, and the run went back to an older checkpoint:</p>" + _table(lines, head, numbers=3)
 
 
 def _some(keys: Sequence[str], count: int = 3) -> str:

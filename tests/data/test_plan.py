@@ -262,6 +262,7 @@ def test_librispeech_pads_little_in_a_random_order(size: int) -> None:
     found = disorder(librispeech_plan(config, 40_000, per_shard=64))
     assert found["padding_percent"] < 5
     assert found["budget_filled_percent"] > 85
+    assert found["balance_percent"] > 97
     assert found["displacement"] == pytest.approx(1 / 3, abs=0.05)
     assert found["displacement_between_epochs"] == pytest.approx(1 / 3, abs=0.05)
     assert found["bucket_bits"] > 0.9 * np.log2(20)

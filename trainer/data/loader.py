@@ -86,7 +86,8 @@ class Loader:
         pool, all_started = ThreadPoolExecutor(self.num_workers, "loader"), Barrier(self.num_workers + 1)
 
         def start() -> None:
-            torch.set_num_threads(1)  # of this thread, and of any that comes later
+            torch.set_num_threads(1)  # of this thread, and of all that torch sees for the first time later
+            torch.get_num_threads()  # torch sees this one
             all_started.wait()
 
         try:

@@ -265,6 +265,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in (
         "micro-batches a step",
         "padding %",
+        "balance of ranks %",
         "mean displacement (random: 0.333)",
         "bits of the bucket, given the last",
     ):
@@ -276,6 +277,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
         table.add_row(
             str(size),
             f"{order['padding_percent']:.2f}",
+            f"{order['balance_percent']:.1f}",
             f"{order['displacement']:.3f}, between epochs {order['displacement_between_epochs']:.3f}",
             f"{order['bucket_bits']:.2f}, {order['bucket_bits_given_the_last']:.2f}",
         )

@@ -1,0 +1,44 @@
+"""The model of communication: what it says of the cases in which the answer is known."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import overrides
+from trainer import bench_scaling
+from trainer.__main__ import main
+from trainer.bench_scaling import Cluster, all_reduce_seconds, efficiency
+
+SLOW = Cluster(8, inside=1e9, between=1e8, inside_delay=0.0, between_delay=0.0)
+
+
+def test_bytes_of_a_ring() -> None:
+    """Each device sends and takes 2 (n - 1) / n of the gradients; one alone sends nothing."""
+    assert all_reduce_seconds(1e9, 1, SLOW) == 0
+    assert all_reduce_seconds(1e9, 4, SLOW) == pytest.approx(2 * 3 / 4)
+    # Between two hosts goes an eighth of them for each device, once each way.
+    assert all_reduce_seconds(1e9, 16, SLOW) == pytest.approx(2 * 7 / 8 + 2 / 2 / 8 * 10)
+
+
+def test_messages_grow_and_bytes_do_not() -> None:
+    late = Cluster(8, inside=1e30, between=1e30, inside_delay=1e-6, between_delay=1e-3)
+    assert all_reduce_seconds(1.0, 512, late) == pytest.approx(2 * 7e-6 + 2 * 63e-3)
+    assert all_reduce_seconds(1e9, 4096, SLOW) < 1.1 * all_reduce_seconds(1e9, 64, SLOW)
+
+
+def test_what_is_hidden_costs_nothing() -> None:
+    alone = all_reduce_seconds(1e9, 8, SLOW)
+    assert efficiency(alone, 1e9, 8, SLOW, hidden=0.0) == pytest.approx(0.5)
+    assert efficiency(alone, 1e9, 8, SLOW, hidden=1.0) == 1.0
+
+
+def test_runs_are_measured(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_scaling, "WARM_UP_STEPS", 1)
+    out = tmp_path / "scaling.json"
+    small = overrides(corpus, tmp_path, "plan.micro_batches_per_step=2")
+    assert main(["bench", "scaling", "speech/tones", *small, "--repetitions=1", "--steps=1", f"--json={out}"]) == 0
+    result = json.loads(out.read_text())
+    assert set(result["audio_hours_per_second"]) == {"one process", "2 processes", "2 copies"}
+    assert all(speed["median"] > 0 for speed in result["audio_hours_per_second"].values())
+    assert {row["devices"] for row in result["forecast"]} == {8, 64, 512}
