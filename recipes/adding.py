@@ -14,7 +14,7 @@ from trainer.data.synthetic import AddingConfig, AddingDataset
 from trainer.metrics import Loss
 from trainer.models.readout import Readout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Recipe, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, RunConfig, Split, State, StepOutput
 
 
 class AddingRunConfig(RunConfig):
@@ -36,6 +36,9 @@ class Adding(Recipe[AddingRunConfig]):
     def build_dataset(self, split: Split) -> AddingDataset:
         config = self.config
         return AddingDataset(config.data, split, config.plan, config.seed)
+
+    def inputs(self) -> Inputs:
+        return Inputs("inputs")
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         assert isinstance(model, Readout)

@@ -15,7 +15,7 @@ from trainer.data.parallel import Display
 from trainer.metrics import Loss, Mean
 from trainer.models.readout import Readout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
 
 CLASSES = 10
 
@@ -43,6 +43,9 @@ class Pixels(Recipe[PixelsRunConfig]):
     def build_dataset(self, split: Split) -> ImagesDataset:
         config = self.config
         return ImagesDataset(config.data, split, config.plan, config.seed)
+
+    def inputs(self) -> Inputs:
+        return Inputs("inputs", low=0.0, high=1.0)
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         assert isinstance(model, Readout)

@@ -24,7 +24,7 @@ from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
 from trainer.models.normalization import KeyedDropout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
 
 
 class SpeechModelConfig(Config):
@@ -112,6 +112,14 @@ class Speech(Recipe[SpeechRunConfig]):
 
     def build_model(self) -> SpeechModel:
         return SpeechModel(self.config)
+
+    def inputs(self) -> Inputs:
+        features = self.config.data.features
+        if features.kind == "precomputed":
+            return Inputs("audio")
+        hop = round(self.config.data.sample_rate_hz * features.hop_ms / 1000)
+        as_sound = ("data.features.where=model",)
+        return Inputs("audio", low=-1.0, high=1.0, relative=True, frame=hop, overrides=as_sound)
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         assert isinstance(model, SpeechModel)

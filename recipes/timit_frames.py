@@ -22,7 +22,7 @@ from trainer.data.speech import SpeechDataConfig, SpeechDataset
 from trainer.metrics import Loss, Mean
 from trainer.models.normalization import frame_mask
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
 
 WINDOW, HOP = 256, 128
 BINS = WINDOW // 2 + 1
@@ -88,6 +88,9 @@ class TimitFrames(Recipe[FramesRunConfig]):
 
     def build_model(self) -> Frames:
         return Frames(self.config.model)
+
+    def inputs(self) -> Inputs:
+        return Inputs("audio", low=-1.0, high=1.0, relative=True, frame=HOP)
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         assert isinstance(model, Frames)

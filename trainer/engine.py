@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainer import checkpoint as checkpoints
 from trainer import config as configuration
 from trainer import distributed, hosts, incidents, keyed, machine, transfer
+from trainer.analysis import recurrences
 from trainer.checkpoint import Checkpoint
 from trainer.checkpoint_writer import Writer
 from trainer.data.dataset import Batch, Dataset, Fault
@@ -476,7 +477,8 @@ class Training:
                 **values,
                 "best": self.plateau.best,
                 "seconds": time.perf_counter() - start,
-            }
+            },
+            recurrences.logged(self.validation.model) if self.ranks.first else {},
         )
         if self.ranks.first and self.config.validation.table_rows:
             shown = sorted(evaluation.rows, key=lambda r: keyed.key("table", r.key))

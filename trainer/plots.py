@@ -44,6 +44,11 @@ def picture(figure: Figure, path: Path, kind: str = "plot") -> str:
     return _inline(path, kind, path.stem.replace("-", " "))
 
 
+def saved(path: Path) -> str:
+    """A picture that was saved before, as an <img> that holds it."""
+    return _inline(path, "plot", path.stem.replace("-", " "))
+
+
 def smooth(values: Sequence[float], width: int) -> list[float]:
     """Mean over the last `width` values."""
     return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]

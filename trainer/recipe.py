@@ -5,6 +5,7 @@ The engine calls `build_model`, `build_dataset` and `step`, and knows nothing el
 
 import difflib
 import importlib
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,23 @@ class Generated:
     """Contents by ending, such as ".mid"; the text is kept as it is."""
     media: Media = field(default_factory=Media)
     """To hear or see in W&B."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What of a batch `analyze` may perturb."""
+
+    name: str
+    """Of the entry: floating point, (B, T, ...); what is past `lengths`, if a batch has them, stays as it is."""
+    low: float = -math.inf
+    """Perturbed values are kept within low .. high."""
+    high: float = math.inf
+    relative: bool = False
+    """Sizes are shares of each sample's root mean square, which in dB are signal-to-noise ratios."""
+    frame: int = 1
+    """Steps of T that are lost together where frames are dropped."""
+    overrides: tuple[str, ...] = ()
+    """key=value that bring the entry into the batch, e.g. sound in place of features."""
 
 
 class ValidationConfig(Config):
@@ -224,6 +242,10 @@ class Recipe(Generic[C]):
     def derive(self, values: dict[str, float]) -> dict[str, float]:
         """Numbers of an evaluation that follow from its means, such as the perplexity; none by default."""
         return {}
+
+    def inputs(self) -> Inputs | None:
+        """What noise and attacks of `analyze` change; None: the inputs are no numbers that bear it."""
+        return None
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         """Facts about the model for `plan` and the report, e.g. the share of the weights that is recurrent."""

@@ -20,12 +20,13 @@ from matplotlib.figure import Figure
 
 from trainer import checkpoint, keyed, machine
 from trainer import config as configuration
+from trainer.analysis import run as analysis
 from trainer.config import show
 from trainer.data.dataset import Media
 from trainer.distributed import WEIGHT
 from trainer.errors import UserError
 from trainer.metrics import PARTS, align, error_rates
-from trainer.plots import Rows, curves, heat_map, large_heat_map, picture, series
+from trainer.plots import Rows, curves, heat_map, large_heat_map, picture, saved, series
 from trainer.recipe import Recipe
 from trainer.run import RunDirectory, read_lines
 
@@ -184,6 +185,7 @@ def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float
         "Curves": _curves(curves(train, valid, refused), folder) if rows else "<p>No step has been recorded yet.</p>",
         "Errors": _errors(evaluations, valid),
         f"Samples of {split}": _samples(evaluations.get(split), recipe, name, split, folder),
+        "Recurrence and robustness": _analysis(run),
         "Generated": _generated(run.path / "generated"),
         "Bad samples and refused steps": _faults(list(read_lines(run.quarantine)), refused)
         + _spikes(list(read_lines(run.spikes)))
@@ -329,6 +331,25 @@ def _generated(folder: Path) -> str:
             )
         )
     return "".join(parts)
+
+
+def _analysis(run: RunDirectory) -> str:
+    """What `analyze` found."""
+    folder = run.path / "analysis"
+    try:
+        values = json.loads((folder / analysis.FILE).read_text(encoding="utf-8"))
+        rows, said = analysis.cells(values), analysis.lines(values)
+    except OSError:
+        return ""
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{show(folder / analysis.FILE)}: is not what `analyze` writes ({error}); analyze again"
+        ) from error
+    parts = [f"<p>The checkpoint of step {escape(values['step'])}.</p>"]
+    parts.append(_table(rows, analysis.HEAD, numbers=len(analysis.HEAD) - 1))
+    parts += [f"<p>{escape(line)}</p>" for line in said]
+    images = sorted(folder.glob("*.png"), key=lambda p: (p.stem != "robustness", p.stem))
+    return "".join(parts) + "".join(f"<p>{saved(path)}</p>" for path in images)
 
 
 def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, split: str, folder: Path) -> str:

@@ -12,6 +12,7 @@ runs/NAME/
   spikes.jsonl       steps after which the run went back to an older checkpoint
   requeue            there if the last start was stopped by a signal and saved: what exit code 75 says, for launchers
                      that lose it
+  analysis/          analysis.json and pictures: what `analyze` found
   logs/ wandb/ profile/ export/ report.html
 """
 

@@ -69,6 +69,7 @@ class Tracker:
         settings: the run's configuration, shown in W&B.
         total_steps: for the progress bar.
         active: false on every rank but the first: does nothing.
+        bar: show how far the run is, where somebody watches.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Tracker:
         settings: dict[str, Any],
         total_steps: int,
         active: bool,
+        bar: bool = True,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -98,7 +100,7 @@ class Tracker:
             TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             console=self._console,
-            disable=not sys.stderr.isatty(),
+            disable=not (bar and sys.stderr.isatty()),
         )
         self._task = self._progress.add_task(name, total=total_steps, numbers="")
         self._progress.start()
@@ -212,13 +214,13 @@ class Tracker:
         if row["step"] % self.config.log_every_steps == 0:
             self._row({"kind": "train", **row})
 
-    def validation(self, row: dict[str, Any]) -> None:
-        """One validation: a row of numbers."""
+    def validation(self, row: dict[str, Any], more: dict[str, float]) -> None:
+        """One validation: a row of numbers, and more for it that nobody wants to read as they come."""
         if not self.active:
             return
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
         self.say(f"validation at step {row['step']}: {numbers}")
-        self._row({"kind": "validation", **row})
+        self._row({"kind": "validation", **row, **more})
 
     def _row(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a number that is not finite becomes null.
@@ -255,6 +257,20 @@ class Tracker:
             log.warning("the W&B table was not made: %s", error)
             return
         self._wandb({name: table, "trainer/step": step, "trainer/epoch": epoch})
+
+    def show(self, step: int, epoch: int, prefix: str, numbers: dict[str, float], pictures: dict[str, Path]) -> None:
+        """Numbers and pictures in W&B, beside the steps."""
+        if self._run is None:
+            return
+        try:
+            import wandb
+
+            images = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+        except Exception as error:
+            log.warning("the pictures for W&B were not made: %s", error)
+            images = {}
+        values = {f"{prefix}/{name}": value for name, value in {**numbers, **images}.items()}
+        self._wandb({**values, "trainer/step": step, "trainer/epoch": epoch})
 
     def _wandb(self, values: dict[str, Any]) -> None:
         if self._run is None:

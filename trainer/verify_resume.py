@@ -230,8 +230,12 @@ def _apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def _numbers(run: RunDirectory) -> list[dict[str, Any]]:
-    """Rows of a run's metrics without what a clock has measured."""
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in read_lines(run.metrics)]
+    """Rows of a run's metrics without what a clock has measured, and without what nearly normal
+    matrices have of departure: differences of nearly equal numbers, and the weights are compared themselves."""
+    return [
+        {k: v for k, v in row.items() if k not in CLOCKS and not k.startswith("nonnormality/")}
+        for row in read_lines(run.metrics)
+    ]
 
 
 def _rows_apart(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:

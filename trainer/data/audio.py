@@ -130,9 +130,9 @@ class LogMel(nn.Module):
         with torch.autocast("cpu", enabled=False):
             return self.energies(wave.float()).sub_(self.mean).div_(self.deviation)
 
-    @torch.no_grad()
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        if waveforms.device.type == "cpu":  # clip by clip stays in the cache
+        attacked = torch.is_grad_enabled() and waveforms.requires_grad
+        if waveforms.device.type == "cpu" and not attacked:  # clip by clip stays in the cache
             return padded([self.clip(wave[:n]) for wave, n in zip(waveforms, lengths.tolist(), strict=True)])
         frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
         with torch.autocast(waveforms.device.type, enabled=False):
@@ -185,7 +185,6 @@ class Precomputed(nn.Module):
         """Normalised features of one clip: (T, F) -> (T, F)."""
         return self.normalise(matrix.float())
 
-    @torch.no_grad()
     def forward(self, matrices: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(matrices.device.type, enabled=False):
             valid = torch.arange(matrices.shape[1], device=matrices.device) < lengths[:, None]

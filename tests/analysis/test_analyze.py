@@ -1,0 +1,50 @@
+"""The verb, from a trained run to its report."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_generated import write_set
+from tests.helpers import fit, run_ranks
+from trainer.__main__ import main
+from trainer.run import read_lines
+
+
+def test_a_run_is_analysed_and_its_report_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path / "pictures", packed=True)
+    corpus = f"data.corpus={{kind: mnist, path: {tmp_path / 'pictures'}}}"
+    more = ["data.num_valid=2", "plan.micro_batch_samples=3", "model.hidden_size=8", "model.cell={kind: gru}"]
+    free = ["model.parametrization.kind=free", "tracking.wandb=disabled", "validation.table_rows=0", "max_steps=2"]
+    run_ranks(1, fit, [corpus, *more, *free, f"runs_dir={tmp_path / 'runs'}", "name=run"], "pixels/sequential")
+    rows = [row for row in read_lines(tmp_path / "runs/run/metrics.jsonl") if row["kind"] == "validation"]
+    assert {"norm/rnn.layers.0.0", "radius/rnn.layers.0.0", "nonnormality/rnn.layers.0.0"} <= rows[-1].keys()
+    monkeypatch.chdir(tmp_path)
+    assert main(["analyze", "run", "samples=3"]) == 0
+    folder = tmp_path / "runs/run/analysis"
+    values = json.loads((folder / "analysis.json").read_text())
+    assert set(values["recurrences"]["rnn.layers.0.0"]["gates"]) == {"reset", "update", "new"}
+    assert values["curves"]["pgd_l2"]["monitor"][0][0] == values["summary"]["clean"]
+    assert len(list(folder.glob("*.png"))) == 4
+    assert "Recurrence and robustness" in (tmp_path / "runs/run/report.html").read_text()
+
+
+def test_a_recipe_without_numbers_for_inputs_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["data.delay_steps=12", "data.num_train=20", "data.num_valid=4", "data.num_test=4", "model.hidden_size=8"]
+    more = [
+        "max_steps=1",
+        "tracking.wandb=disabled",
+        "validation.table_rows=0",
+        f"runs_dir={tmp_path / 'runs'}",
+        "name=run",
+    ]
+    run_ranks(1, fit, [*small, *more], "copying/t1000")
+    monkeypatch.chdir(tmp_path)
+    assert main(["analyze", "run", "samples=2"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the recipe names no inputs that could be perturbed" in told
+    assert "rnn.layers.0.0 W: radius" in told
+    curves = json.loads((tmp_path / "runs/run/analysis/analysis.json").read_text())["curves"]
+    assert set(curves) == {"weights", "weights_worst", "state", "state_worst"}

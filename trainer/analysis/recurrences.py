@@ -1,0 +1,114 @@
+"""The recurrent matrices of a model: cheap numbers of each for training, everything for `analyze`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.analysis import estimates, matrices, pseudospectrum
+from trainer.analysis.matrices import Matrix
+from trainer.analysis.pseudospectrum import Resolvent
+from trainer.models.rnn import RecurrentLayer
+
+LOGGED_SIZE = 512
+"""Widest matrix whose eigenvalues are computed during training: a third of a second for each gate."""
+CRISS_CROSS_SIZE = 256
+"""Widest matrix that is searched criss-cross: each step takes all eigenvalues of one of twice the width."""
+EPSILONS = (1e-3, 1e-2, 1e-1)
+GATES = {1: ("W",), 3: ("reset", "update", "new"), 4: ("input", "forget", "cell", "output")}
+"""Names of the matrices in torch's order."""
+
+
+def recurrences(model: nn.Module) -> Iterator[tuple[str, RecurrentLayer]]:
+    """Every recurrent layer and direction, by the name of its module."""
+    for name, module in model.named_modules():
+        if isinstance(module, RecurrentLayer):
+            yield name, module
+
+
+@torch.no_grad()
+def gate_matrices(layer: RecurrentLayer) -> dict[str, Matrix]:
+    """The matrix (H, H) of each gate in float64."""
+    whole = layer.weight_hh.dense().double().cpu().numpy()
+    parts = whole.reshape(-1, layer.hidden_size, layer.hidden_size)
+    return dict(zip(GATES[len(parts)], parts, strict=True))
+
+
+def logged(model: nn.Module) -> dict[str, float]:
+    """Norm, radius and departure from normality of each recurrence, the largest of its gates, for a row of metrics.
+
+    The last is Henrici's number over the Frobenius norm: 0 for a normal matrix, 1 where all eigenvalues are 0. Of
+    matrices wider than `LOGGED_SIZE` the norm alone, by the power method.
+    """
+    found = {}
+    for name, layer in recurrences(model):
+        gates = list(gate_matrices(layer).values())
+        if not all(np.isfinite(a).all() for a in gates):
+            continue
+        if layer.hidden_size > LOGGED_SIZE:
+            found[f"norm/{name}"] = max(float(estimates.power_norm(a, 30)[-1]) for a in gates)
+            continue
+        values = [matrices.eigenvalues(a) for a in gates]
+        found[f"norm/{name}"] = max(map(matrices.spectral_norm, gates))
+        found[f"radius/{name}"] = max(float(np.abs(v[0])) for v in values)
+        shares = [
+            matrices.henrici(a, v) / max(float(np.linalg.norm(a)), 1e-30) for a, v in zip(gates, values, strict=True)
+        ]
+        found[f"nonnormality/{name}"] = max(shares)
+    return found
+
+
+def study(a: Matrix, num_points: int, num_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All numbers of one matrix, and the arrays that pictures are drawn from.
+
+    Args:
+        num_points: of a side of the grid of the pseudo-spectrum.
+        num_steps: powers of the matrix.
+
+    Returns:
+        numbers, and arrays: `eigenvalues`, `singular_values`, `range` (numerical), `growth`, `grid`.
+    """
+    values, singular = matrices.eigenvalues(a), matrices.singular_values(a)
+    radius, norm = float(np.abs(values[0])), float(singular[0])
+    departure, frobenius = matrices.henrici(a), float(np.linalg.norm(a))
+    boundary = matrices.numerical_range(a)
+    powers = matrices.growth(a, num_steps)
+    resolvent = Resolvent(a)
+    reach = 1.1 * max(1.0, float(np.abs(boundary).max())) + 0.1
+    grid = pseudospectrum.grid(resolvent, (-reach, reach, -reach, reach), num_points)
+    scale = radius if radius > 1 + 1e-6 else 1.0
+    numbers: dict[str, Any] = {
+        "radius": radius,
+        "numerical_radius": float(np.abs(boundary).max()),
+        "norm": norm,
+        "henrici": departure,
+        "nonnormality": departure / max(frobenius, 1e-30),
+        "commutator": matrices.commutator(a),
+        "eigenvector_condition": matrices.eigenvector_condition(a),
+        "largest_power": float(powers.max()),
+        "largest_power_at": int(powers.argmax()),
+        "kreiss": pseudospectrum.kreiss(Resolvent(a / scale) if scale != 1.0 else resolvent),
+        "kreiss_scaled_by": 1 / scale,
+        "estimates": {
+            of: {method: estimates.size(a, of, method) for method in ("exact", "power", "rayleigh", "arnoldi")}
+            for of in ("norm", "radius")
+        },
+    }
+    if len(a) <= CRISS_CROSS_SIZE:
+        numbers["pseudospectral"] = {
+            f"{epsilon:g}": {
+                "radius": pseudospectrum.radius(a, epsilon),
+                "abscissa": pseudospectrum.abscissa(a, epsilon),
+            }
+            for epsilon in EPSILONS
+        }
+    arrays = {
+        "eigenvalues": values,
+        "singular_values": singular,
+        "range": boundary,
+        "growth": powers,
+        "grid": grid,
+    }
+    return numbers, arrays
