@@ -90,6 +90,7 @@ class Training:
         self.trained = Trained(model, config.zero, config.optimizer, config.precision, self.rounds, whole)
         board.at(START)
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
+        self.validated: dict[str, float] = {}
         self.spikes = Spikes(config.spikes)
         self.writer = Writer(self.run.checkpoints, config.checkpoint)
         distributed.on_first(self.writer.clean)
@@ -162,6 +163,7 @@ class Training:
         self.plateau.restore(found.state["plateau"])
         self.trained.optimizer.triggered = self.plateau.triggered
         self.best = {int(step): value for step, value in found.state["best"].items()}
+        self.validated = found.state.get("validated", {})
         self.carried.clear()
         for name, values in found.tensors(CARRIED).items():
             number, _, part = name.partition(".")
@@ -185,11 +187,10 @@ class Training:
         if self.config.profile:
             self._profile = Profile(self.run.path / "profile" / f"rank-{self.ranks.rank:05d}.json")
         exit_code = 1
-        values: dict[str, float] = {}
         try:
             with self.signals:
                 while not self._finished():
-                    values = self._train() or values
+                    self._train()
             if self._stops_early():
                 stop_after = self.config.validation.early_stop_after
                 self.tracker.say(f"stopped early: no better {self.recipe.monitor} for {stop_after} validations")
@@ -204,7 +205,7 @@ class Training:
             if exit_code != EXIT_OUR_FAULT:  # else the place of the failure is still to be told
                 board.at(END)
             self.close(exit_code)
-        return values
+        return self.validated
 
     def close(self, exit_code: int) -> None:
         """Close the files and W&B."""
@@ -250,19 +251,14 @@ class Training:
             yield from self.dataset.plan.epoch(epoch, excluded)[done:]
             done, excluded = 0, later
 
-    def _train(self) -> dict[str, float] | None:
-        """Train to the end, or to that of an epoch after which more samples are left out than the loader knew.
-
-        Returns:
-            the numbers of the last validation, if there was one.
-        """
+    def _train(self) -> None:
+        """Train to the end, or to that of an epoch after which more samples are left out than the loader knew."""
         where, config, ranks = self.position, self.config, self.ranks
         before, known = where.step, where.left_out_later()
         left = None if config.max_steps is None else config.max_steps - where.step
         steps = islice(self._coming(), left)
         board.at(DATA, where.step + 1)
         loader = Loader(self.dataset, steps, ranks.rank, ranks.world_size, self.rounds, config.num_workers)
-        values = None
         for step, batches in loader:
             self.step(step, batches, loader.waited_seconds)
             epoch, last = where.epoch, step.last
@@ -273,7 +269,7 @@ class Training:
             ended = config.max_steps is not None and where.step >= config.max_steps
             better = False
             if (where.step % every == 0 if every else last) or ended or (last and where.epoch >= config.max_epochs):
-                values, better = self._validate(epoch)
+                better = self._validate(epoch)
             due = better or where.step % config.checkpoint.every_steps == 0
             if self._may_save or (due and not self.writer.paused):
                 self._save()
@@ -289,7 +285,6 @@ class Training:
                 f"{config.name}: epoch {where.epoch + 1} holds no sample: {len(where.excluded)} of {len(self.dataset)} "
                 f"are left out as bad, see {self.run.quarantine}"
             )
-        return values
 
     _stopping = False
     _may_save = False
@@ -455,11 +450,12 @@ class Training:
         """See `Trained.weights`."""
         return self.trained.weights()
 
-    def _validate(self, epoch: int) -> tuple[dict[str, float], bool]:
+    def _validate(self, epoch: int) -> bool:
+        """Validate; true if it is the best so far."""
         where, start = self.position, time.perf_counter()
         evaluation = self.validation.run(self.weights())
         self.validation.account(evaluation, self.run, where.step, epoch)
-        values = evaluation.values
+        values = self.validated = evaluation.values
         monitor = self.recipe.monitor
         if monitor not in values:
             raise KeyError(f"the recipe monitors {monitor!r}; validation gives {sorted(values)}")
@@ -491,7 +487,7 @@ class Training:
             self.tracker.table(where.step, epoch, "valid/table", cells)
         if self.ranks.first and self.config.validation.samples:
             self._generate(epoch)
-        return values, better
+        return better
 
     @torch.inference_mode()
     def _generate(self, epoch: int) -> None:
@@ -531,6 +527,7 @@ class Training:
             "position": dict(self.position.__dict__),
             "plateau": self.plateau.state(),
             "best": {str(step): value for step, value in self.best.items()},
+            "validated": self.validated,
             "losses": self.spikes.losses,
             "scalars": self.trained.scalars(),
             "scale": self.trained.scale.state(),

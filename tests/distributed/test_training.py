@@ -308,6 +308,7 @@ def test_starting_a_finished_run_again_does_nothing(corpus: Path, tmp_path: Path
     first = run_ranks(2, fit, arguments)[0]
     again = run_ranks(2, fit, arguments)[0]
     assert again["position"] == first["position"]
+    assert again["values"] == first["values"] != {}  # what it says of itself is not lost either
     assert len(list(read_lines(first["run"] / "metrics.jsonl"))) == 3  # two steps and a validation
 
 

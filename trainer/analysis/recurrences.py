@@ -40,7 +40,8 @@ def logged(model: nn.Module) -> dict[str, float]:
     """Norm, radius and departure from normality of each recurrence, the largest of its gates, for a row of metrics.
 
     The last is Henrici's number over the Frobenius norm: 0 for a normal matrix, 1 where all eigenvalues are 0. Of
-    matrices wider than `LOGGED_SIZE` the norm alone, by the power method.
+    matrices wider than `LOGGED_SIZE` the norm alone, by the power method. Six digits of each: the last ones of an
+    eigenvalue depend on where the matrix lies in memory, and equal runs have equal metrics.
     """
     found = {}
     for name, layer in recurrences(model):
@@ -57,7 +58,7 @@ def logged(model: nn.Module) -> dict[str, float]:
             matrices.henrici(a, v) / max(float(np.linalg.norm(a)), 1e-30) for a, v in zip(gates, values, strict=True)
         ]
         found[f"nonnormality/{name}"] = max(shares)
-    return found
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
 
 
 def study(a: Matrix, num_points: int, num_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
