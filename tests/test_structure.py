@@ -81,7 +81,7 @@ def test_the_distribution_is_called_ostinato() -> None:
 
 
 MODULES = {"pyyaml": "yaml", "pillow": "PIL"}  # packages whose module has another name
-EXTRAS = {"botocore": "remote", "scipy": "music"}  # imported only where the extra is asked for
+EXTRAS = {"botocore": "remote", "scipy": "music", "torchvision": "video", "av": "video"}  # imported only where the extra is asked for
 
 
 def test_what_is_imported_is_declared() -> None:
