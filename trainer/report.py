@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 from matplotlib.figure import Figure
 
-from trainer import checkpoint, keyed, machine
+from trainer import checkpoint, confusion, keyed, machine
 from trainer import config as configuration
 from trainer.analysis import run as analysis
 from trainer.config import show
@@ -184,6 +184,7 @@ def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float
         "": _facts(run, recipe, split, evaluations, train, valid, state, parameters),
         "Curves": _curves(curves(train, valid, refused), folder) if rows else "<p>No step has been recorded yet.</p>",
         "Errors": _errors(evaluations, valid),
+        f"Classes of {split}": _classes(evaluations.get(split), folder),
         f"Samples of {split}": _samples(evaluations.get(split), recipe, name, split, folder),
         "Recurrence and robustness": _analysis(run),
         "Generated": _generated(run.path / "generated"),
@@ -350,6 +351,15 @@ def _analysis(run: RunDirectory) -> str:
     parts += [f"<p>{escape(line)}</p>" for line in said]
     images = sorted(folder.glob("*.png"), key=lambda p: (p.stem != "robustness", p.stem))
     return "".join(parts) + "".join(f"<p>{saved(path)}</p>" for path in images)
+
+
+def _classes(evaluation: dict[str, Any] | None, folder: Path) -> str:
+    """Of a task whose rows name a class and a guess: each class, and which is taken for which."""
+    found = confusion.pairs(evaluation["rows"]) if evaluation is not None else []
+    if not found:
+        return ""
+    image = picture(confusion.figure(found), folder / "confusion.png")
+    return _table(confusion.table(found), confusion.HEAD) + image
 
 
 def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, split: str, folder: Path) -> str:

@@ -474,6 +474,7 @@ def table(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
         line["parameters"] = f"{last['parameters']:,}"
         line["steps"] = f"{last['steps']:,}"
         line["minutes"] = f"{statistics.fmean(row['seconds'] for row in runs.values()) / 60:.1f}"
+        line["ms a step"] = f"{1000 * statistics.fmean(row['seconds'] / row['steps'] for row in runs.values()):.3g}"
         line["seeds"] = ", ".join(map(str, runs))
         lines.append(line)
     return lines

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -148,6 +148,15 @@ def is_done(task: Task) -> bool:
         return False
 
 
+def shard_writer(stream: BinaryIO) -> Any:
+    """webdataset's writer of a tar: `write({"__key__": key, ending: bytes, ...})`.
+
+    Owner, mode and time are fixed, so that the same samples are the same bytes. PAX takes keys of any length; for short
+    ones it writes what USTAR does.
+    """
+    return TarWriter(stream, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT")
+
+
 def write_shard(task: Task) -> list[str]:
     """Read, convert and pack the samples of a shard; returns what is wrong with them, and then writes nothing."""
     features = _features(task.features, task.sample_rate_hz)
@@ -158,9 +167,7 @@ def write_shard(task: Task) -> list[str]:
     temporary = task.note.with_suffix(".tar.tmp")
     try:
         with temporary.open("wb") as stream:
-            # Owner, mode and time are fixed, so that the same samples are the same bytes. PAX takes keys of any
-            # length; for short ones it writes what USTAR does.
-            with TarWriter(stream, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT") as tar:
+            with shard_writer(stream) as tar:
                 for sample in task.samples:
                     try:
                         if task.member == "npy":

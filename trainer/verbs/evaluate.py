@@ -24,7 +24,7 @@ def main(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer import checkpoint, distributed
+    from trainer import checkpoint, confusion, distributed
     from trainer.data.dataset import Fault
     from trainer.data.plan import Rejection
     from trainer.evaluation import Evaluator, left_out
@@ -65,6 +65,13 @@ def main(arguments: argparse.Namespace) -> int:
             table.add_column(name)
         for row in rows[:5]:
             table.add_row(f"{row.rate:.0%}", *row.columns.values())
+        console.print(table, markup=False)
+    if found := confusion.pairs(result["rows"]):
+        table = Table(title="Classes")
+        for name in confusion.HEAD:
+            table.add_column(name)
+        for cells in confusion.table(found):
+            table.add_row(*cells)
         console.print(table, markup=False)
     if missing:
         console.print(f"left out: {left_out(missing)}", markup=False, highlight=False)
