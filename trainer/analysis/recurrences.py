@@ -10,7 +10,7 @@ from torch import nn
 from trainer.analysis import estimates, matrices, pseudospectrum
 from trainer.analysis.matrices import Matrix
 from trainer.analysis.pseudospectrum import Resolvent
-from trainer.models.rnn import RecurrentLayer
+from trainer.models.recurrence import RecurrentLayer
 
 LOGGED_SIZE = 512
 """Widest matrix whose eigenvalues are computed during training: a third of a second for each gate."""
