@@ -4,6 +4,7 @@ Source: Graves et al. 2006 (CTC); the shape of the model follows Amodei et al. 2
 """
 
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ from trainer.data.augment import SpecAugment
 from trainer.data.dataset import Batch
 from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
-from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared
+from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared, vocabulary
 from trainer.data.text import BLANK, PhonesConfig, Tokens
 from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recogniser import Recogniser
 
 
 class SpeechRunConfig(RunConfig):
@@ -54,6 +56,18 @@ class Speech(Recipe[SpeechRunConfig]):
         features = build_log_mel(data, open_prepared(data))
         here = data.features.where == "model"
         return AcousticModel(self.config.model, features, len(self.tokens), here, SpecAugment(data.augment))
+
+    def recogniser(self, weights: dict[str, Tensor], labels: dict[str, str], folder: Path) -> Recogniser:
+        data = self.config.data
+        tokens = vocabulary(data, labels["alphabet"], folder)
+        model = AcousticModel(self.config.model, data.features.build(data.sample_rate_hz), len(tokens))
+        model.load_state_dict(weights)
+        return Recogniser(model, tokens, data.sample_rate_hz)
+
+    def utterances(self, split: Split, count: int) -> list[tuple[Tensor, str]]:
+        dataset = self.build_dataset(split)
+        rows = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+        return [(torch.from_numpy(dataset.waveform(row)), dataset.text(row)) for row in rows]
 
     def inputs(self) -> Inputs:
         features = self.config.data.features

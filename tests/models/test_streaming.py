@@ -11,6 +11,7 @@ from trainer.engine import initialise
 from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.models.cells import ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.encoders import Conv1dConfig, Conv2dConfig, ConvLayerConfig
+from trainer.models.fixed_step import FixedStep
 from trainer.models.initialization import IdentityConfig
 from trainer.models.normalization import MaskedBatchNorm
 from trainer.models.parametrizations import (
@@ -153,3 +154,37 @@ def test_the_copy_for_inference_forms_no_matrix_anew() -> None:
     assert not [name for name, _ in copy.named_modules() if "parametrizations" in name]
     assert [name for name, _ in model.named_modules() if "parametrizations" in name]
     assert all(isinstance(m, nn.Module) and not m.training for m in copy.modules())
+
+
+def check_fixed(model: AcousticModel, frames: int, samples: int = 4321) -> None:
+    """The step of fixed shapes, from sound, against the pass over the whole."""
+    wave = torch.rand(samples, generator=torch.Generator().manual_seed(4)) - 0.5
+    features = model.log_mel.clip(wave)[None]
+    with torch.no_grad():
+        want, _, _ = model(features, torch.tensor([features.shape[1]]))
+    step = FixedStep(for_inference(model), frames)
+    state, found = list(step.start().values()), []
+    size = step.chunk_samples
+    for piece in [*wave.split(size), *[wave[:0]] * step.flush_chunks]:
+        chunk = nn.functional.pad(piece, (0, size - len(piece)))[None]
+        log_probs, present, *state = step(chunk, torch.tensor([len(piece)]), *state)
+        assert log_probs.shape == (1, frames // step.stride, 5)
+        found.append(log_probs[0, present])
+    got = torch.cat(found)
+    assert got.shape == want.shape[1:]
+    torch.testing.assert_close(got, want[0], rtol=0, atol=1e-4)  # its spectrum is a product with sines
+
+
+@pytest.mark.parametrize(("cell", "structure", "rule"), RECURRENCES, ids=kind)
+def test_the_step_of_fixed_shapes_computes_every_recurrence(cell, structure, rule) -> None:
+    initialization = {"initialization": IdentityConfig()} if cell == ElmanConfig(activation="identity") else {}
+    check_fixed(build(cell=cell, structure=structure, parametrization=rule, residual=True, **initialization), 8)
+
+
+@pytest.mark.parametrize("frames", [12, 24])
+@pytest.mark.parametrize("kernels", [[(3, 2), (5, 2)], [(1, 3), (7, 1)], [(11, 4)], [(5, 1), (3, 3), (1, 1)]], ids=str)
+@pytest.mark.parametrize("config", [Conv1dConfig, Conv2dConfig], ids=["1d", "2d"])
+def test_the_step_of_fixed_shapes_computes_every_convolution(config, kernels, frames: int) -> None:
+    subsampling = config(layers=tuple(layer(*k) for k in kernels), norm="batch", activation="gelu")
+    for lookahead, samples in ((0, 512), (3, 5000)):
+        check_fixed(build(subsampling=subsampling, lookahead=lookahead), frames, samples)

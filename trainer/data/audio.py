@@ -80,6 +80,7 @@ class LogMel(nn.Module):
         least 1 (a shorter clip is padded with silence)
     """
 
+    floor = LOG_FLOOR
     window: Tensor
     mel: Tensor
     mean: Tensor
