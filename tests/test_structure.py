@@ -88,6 +88,7 @@ EXTRAS = {
     "sounddevice": "microphone",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "onnxscript": "onnx",
 }  # imported only where the extra is asked for
 
 
