@@ -106,6 +106,16 @@ class AcousticModel(nn.Module):
     def forward(
         self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, lengths, hidden = self.encode(audio, lengths, noise_keys, valid)
+        middle = None
+        if self.training and self.middle_output is not None:
+            middle = self.middle_output(hidden[self.middle]).float().log_softmax(-1)
+        return self.output(x).float().log_softmax(-1), lengths, middle
+
+    def encode(
+        self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What the output layer reads (B, T', D), its lengths, and the states of every layer."""
         if self.features_here:
             audio, lengths = self.log_mel(audio, lengths)
             if self.training and self.spec_augment is not None and noise_keys is not None:
@@ -114,9 +124,4 @@ class AcousticModel(nn.Module):
             lengths = lengths * valid
         x, lengths = self.subsampling(audio, lengths)
         x, hidden = self.rnn(self.input_dropout(x, noise_keys), lengths, noise_keys, all_layers=True)
-        middle = None
-        if self.training and self.middle_output is not None:
-            middle = self.middle_output(hidden[self.middle]).float().log_softmax(-1)
-        if self.lookahead is not None:
-            x = self.lookahead(x)
-        return self.output(x).float().log_softmax(-1), lengths, middle
+        return (x if self.lookahead is None else self.lookahead(x)), lengths, hidden
