@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     from trainer.config import show
+    from trainer.errors import UserError
     from trainer.recipe import Recipe, from_plain
     from trainer.transfer import export
 
@@ -45,6 +46,8 @@ def main(arguments: argparse.Namespace) -> int:
     split, overrides = take(overrides, "split")
     count, overrides = take(overrides, "utterances")
     chunk_ms, utterances = positive(chunk, "chunk_ms") or 80, int(number(count, "utterances", 50, whole=True))
+    if split not in (None, "train", "valid", "test"):
+        raise UserError(f"the command line: split = {split!r}: wanted train, valid or test")
     run = find_run(arguments.run)
     recipe = from_plain(run.saved_config(), show(run.config), overrides)
     folder = Path(to) if to else run.path / "export"
@@ -72,8 +75,6 @@ def _deploy(recipe: "Recipe[Any]", folder: Path, chunk_ms: int, split: str, coun
     if (reason := recogniser.cannot_stream()) is not None:
         print(f"no streaming step: {reason}")
         return
-    if split not in ("train", "valid", "test"):
-        raise UserError(f"the command line: split = {split!r}: wanted train, valid or test")
     frame_ms = 1000 * recogniser.hop / recogniser.sample_rate_hz
     if chunk_ms % frame_ms:
         raise UserError(f"the command line: chunk_ms = {chunk_ms}: wanted a multiple of {frame_ms:g}, an output frame")
