@@ -28,15 +28,26 @@ CLASSES, LABELS = 35, 40
 
 
 def measure(
-    config: str, overrides: Sequence[str], say: Callable[[str], None], shapes: Sequence[tuple[int, int]] = SHAPES
+    config: str,
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    ways: Sequence[bool] = (False, True),
 ) -> list[dict[str, Any]]:
-    """Rows of {"layers", "batch", "recompute", "parameters", "activation_bytes", "gradient_bytes"}.
+    """Measure depths and batches.
+
+    Args:
+        shapes: layers and batches.
+        ways: whether layers are computed again in the backward pass.
+
+    Returns:
+        rows of {"layers", "batch", "recompute", "parameters", "activation_bytes", "gradient_bytes"}.
 
     Raises:
         UserError: the configuration is not of speech, or the memory of the machine was not enough.
     """
     rows = []
-    for recompute in (False, True):
+    for recompute in ways:
         for layers, batch in shapes:
             own = [*overrides, f"model.rnn.num_layers={layers}"]
             case: dict[str, Any] = {"config": config, "overrides": own, "batch": batch, "recompute": recompute}
