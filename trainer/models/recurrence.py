@@ -45,7 +45,12 @@ class RecurrentLayer(nn.Module):
         reverse: run from the last frame to the first.
         regularizer: of the stack, None for none.
         name: tells the layer from the others of its stack.
+
+    Attributes:
+        packed: the recurrent weights as the kernel reads them, where they stay as they are; None: packed each time.
     """
+
+    packed: Tensor | None = None
 
     def __init__(
         self,
@@ -101,6 +106,10 @@ class RecurrentLayer(nn.Module):
         )
 
 
+SHORT = 32
+"""Frames up to which an LSTM with packed weights is faster in our kernel than in torch, which packs them each time."""
+
+
 def run(
     ways: Sequence[RecurrentLayer],
     x: Tensor,
@@ -123,8 +132,10 @@ def run(
     inputs, matrices = zip(*(way.weights() for way in ways), strict=True)
     if not ways[0].weight_hh.has_kernel:
         _say_once(f"structure.kind = {ways[0].structure}: runs as a dense matrix, since no kernel knows the structure")
+    short = ways[0].packed is not None and len(ways) == 1 and len(x) <= SHORT
     if (
-        drawn.calm
+        not short
+        and drawn.calm
         and matrices[0].ndim == 4
         and matrices[0].shape[1] == 1
         and torch_is_faster(ways[0].cell, matrices[0])
@@ -219,6 +230,7 @@ def _kernel(
             mask=drawn.mask,
             zoneout=drawn.zoneout,
             keys=drawn.keys,
+            packed=ways[0].packed if len(ways) == 1 else None,
         )
     by_way = [part.split(size, -1) for part in last if part.numel() or cell.name == "lstm"]
     return y, list(zip(*by_way, strict=True))

@@ -12,21 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import kernels
 from trainer.models.acoustic import AcousticModel
 from trainer.models.encoders import Subsampling
 from trainer.models.recurrence import State
 
 
 def for_inference(model: AcousticModel) -> AcousticModel:
-    """A copy that only computes: parametrised matrices are formed once and for all, parts that only train are left out.
+    """A copy that only computes: parametrised matrices are formed and packed once and for all, and what only trains is
+    left out.
 
-    Its weights are no longer those of a checkpoint by name.
+    Its weights are no longer those of a checkpoint by name, and must not be changed.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     model.middle_output = None
+    for layer in model.rnn.recurrent_layers():
+        matrix = layer.weights()[1]
+        if matrix.ndim == 4 and kernels.is_fast(matrix, layer.cell.name):
+            layer.packed = kernels.pack(matrix, layer.cell.name)
     return model.requires_grad_(False)
 
 
