@@ -168,7 +168,7 @@ def _one_way(
     for t, u_t in sorted(enumerate(u.unbind(0)), reverse=backwards):
         mask_t = mask if mask is None or mask.ndim == 2 else mask[t]
         v = _recurrent(weight, added, h, mask_t, None if noise is None else noise[t])
-        new_h, new_c = _CELLS[cell](u_t, v, h, c, bias, 1.0 if update is None else update[t])
+        new_h, new_c = CELLS[cell](u_t, v, h, c, bias, 1.0 if update is None else update[t])
         new_h = zone(t, 0, h, new_h)
         new_c = zone(t, 1, c, new_c) if cell == "lstm" else c
         alive = None if lengths is None else (t < lengths)[:, None]
@@ -235,7 +235,7 @@ def _lstm(u: Tensor, v: Recurrent, h: Tensor, c: Tensor, bias: Tensor | None, k:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-_CELLS: dict[str, Callable[..., State]] = {
+CELLS: dict[str, Callable[..., State]] = {
     "rnn_tanh": _rnn(lambda z, _: torch.tanh(z)),
     "rnn_relu": _rnn(lambda z, _: torch.relu(z)),
     "rnn_identity": _rnn(lambda z, _: z),
@@ -244,3 +244,4 @@ _CELLS: dict[str, Callable[..., State]] = {
     "gru_original": _gru_original,
     "lstm": _lstm,
 }
+"""One step of each cell: (u, recurrent term, h, c, bias of a modReLU, scale of what is written) -> (h, c)."""

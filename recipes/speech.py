@@ -4,38 +4,24 @@ Source: Graves et al. 2006 (CTC); the shape of the model follows Amodei et al. 2
 """
 
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 
-from trainer import keyed
-from trainer.config import Config
 from trainer.data.augment import SpecAugment
 from trainer.data.dataset import Batch
 from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
-from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared
+from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared, vocabulary
 from trainer.data.text import BLANK, PhonesConfig, Tokens
 from trainer.metrics import Loss, Mean, add, edits
-from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
-from trainer.models.normalization import KeyedDropout
-from trainer.models.rnn import RNNConfig
+from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
-
-
-class SpeechModelConfig(Config):
-    """Subsampling, recurrence, output layer."""
-
-    subsampling: SubsamplingConfig = Conv2dConfig()
-    rnn: RNNConfig = RNNConfig(directions="concat")
-    input_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout between the subsampling and the recurrence."""
-    intermediate_ctc: float = Field(0.0, ge=0, lt=1)
-    """Weight of a second CTC loss on the middle layer (Lee & Watanabe 2021, arXiv:2102.03216); 0: none."""
+from trainer.recogniser import Recogniser
 
 
 class SpeechRunConfig(RunConfig):
@@ -43,52 +29,7 @@ class SpeechRunConfig(RunConfig):
 
     data: SpeechDataConfig = SpeechDataConfig()
     plan: BucketedConfig = BucketedConfig()
-    model: SpeechModelConfig = SpeechModelConfig()
-
-
-class SpeechModel(nn.Module):
-    """Features or waveforms to log-probabilities of tokens.
-
-    Shape:
-        audio: (B, T, F) features, or (B, N) waveforms if the features are computed here; lengths: (B,) of it;
-        noise_keys: (B,) int64; valid: (B,) bool, a place that is not has no real frame and leaves no trace in any
-        statistics, None: all are
-        returns: (B, T', V) log-probabilities in float32, lengths (B,) in output frames, and while training with an
-        intermediate loss the same log-probabilities of the middle layer, else None
-    """
-
-    def __init__(self, config: SpeechRunConfig) -> None:
-        super().__init__()
-        prepared = open_prepared(config.data)
-        num_classes = len(build_tokens(config.data, prepared))
-        self.features_here = config.data.features.where == "model"
-        # Part of the model wherever it runs: the statistics travel with the weights.
-        self.log_mel = build_log_mel(config.data, prepared)
-        self.spec_augment = SpecAugment(config.data.augment)
-        self.subsampling = config.model.subsampling.build(config.data.features.num_bands)
-        self.input_dropout = KeyedDropout(config.model.input_dropout, "input")
-        self.rnn = config.model.rnn.build(self.subsampling.output_size)
-        self.output = nn.Linear(config.model.rnn.output_size, num_classes)
-        self.middle = (config.model.rnn.num_layers + 1) // 2 - 1
-        self.middle_output = (
-            nn.Linear(config.model.rnn.output_size, num_classes) if config.model.intermediate_ctc else None
-        )
-
-    def forward(
-        self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None, valid: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.features_here:
-            audio, lengths = self.log_mel(audio, lengths)
-            if self.training and noise_keys is not None:
-                audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
-        if valid is not None:
-            lengths = lengths * valid
-        x, lengths = self.subsampling(audio, lengths)
-        x, hidden = self.rnn(self.input_dropout(x, noise_keys), lengths, noise_keys, all_layers=True)
-        middle = None
-        if self.training and self.middle_output is not None:
-            middle = self.middle_output(hidden[self.middle]).float().log_softmax(-1)
-        return self.output(x).float().log_softmax(-1), lengths, middle
+    model: AcousticConfig = AcousticConfig()
 
 
 class Speech(Recipe[SpeechRunConfig]):
@@ -110,8 +51,23 @@ class Speech(Recipe[SpeechRunConfig]):
         """Labels of the output layer."""
         return build_tokens(self.config.data, open_prepared(self.config.data))
 
-    def build_model(self) -> SpeechModel:
-        return SpeechModel(self.config)
+    def build_model(self) -> AcousticModel:
+        data = self.config.data
+        features = build_log_mel(data, open_prepared(data))
+        here = data.features.where == "model"
+        return AcousticModel(self.config.model, features, len(self.tokens), here, SpecAugment(data.augment))
+
+    def recogniser(self, weights: dict[str, Tensor], labels: dict[str, str], folder: Path) -> Recogniser:
+        data = self.config.data
+        tokens = vocabulary(data, labels["alphabet"], folder)
+        model = AcousticModel(self.config.model, data.features.build(data.sample_rate_hz), len(tokens))
+        model.load_state_dict(weights)
+        return Recogniser(model, tokens, data.sample_rate_hz)
+
+    def utterances(self, split: Split, count: int) -> list[tuple[Tensor, str]]:
+        dataset = self.build_dataset(split)
+        rows = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+        return [(torch.from_numpy(dataset.waveform(row)), dataset.text(row)) for row in rows]
 
     def inputs(self) -> Inputs:
         features = self.config.data.features
@@ -122,7 +78,7 @@ class Speech(Recipe[SpeechRunConfig]):
         return Inputs("audio", low=-1.0, high=1.0, relative=True, frame=hop, overrides=as_sound)
 
     def describe(self, model: nn.Module) -> dict[str, str]:
-        assert isinstance(model, SpeechModel)
+        assert isinstance(model, AcousticModel)
         step_ms = self.config.data.features.hop_ms * self.config.model.subsampling.stride
         return {
             **model.rnn.describe(),

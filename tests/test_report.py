@@ -187,3 +187,14 @@ def test_sound_falls_back_where_mp3_cannot_be_written(monkeypatch: pytest.Monkey
     assert "audio/mpeg" in report.sound(Media(wave, 16000))
     assert "audio/ogg" in report.sound(Media(wave, 5000))  # a rate that MP3 does not have
     assert report.sound(Media(None)) == ""
+
+
+def test_gradient_norms_of_layers_are_drawn() -> None:
+    from trainer.plots import curves
+
+    rows = [
+        {"step": s, "loss": 1.0, **{f"gradient/rnn.layers.{i}": 10.0**-i for i in range(12)}} for s in (5, 9, 14, 20)
+    ]
+    axes = curves([{"step": 1, "loss": 2.0}], rows, [])["gradient-norm-of-layers"].axes[0]
+    assert [line.get_label() for line in axes.lines] == ["step 5", "step 14", "step 20"]
+    assert list(axes.lines[0].get_ydata()) == [10.0**-i for i in range(12)]

@@ -42,3 +42,25 @@ def test_runs_are_measured(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert set(result["audio_hours_per_second"]) == {"one process", "2 processes", "2 copies"}
     assert all(speed["median"] > 0 for speed in result["audio_hours_per_second"].values())
     assert {row["devices"] for row in result["forecast"]} == {8, 64, 512}
+
+
+@pytest.mark.slow
+def test_memory_is_linear_in_the_batch_and_less_where_layers_are_computed_again() -> None:
+    from trainer import bench_memory
+
+    def measure(shapes, again: bool) -> list[float]:
+        found = bench_memory.measure("speech/read_ru_deep", [], lambda line: None, shapes, [again])
+        return [row["activation_bytes"] / 2**20 for row in found]
+
+    small, large = measure([(12, 4), (12, 12)], again=False)
+    assert 2.6 < large / small < 3.4
+    (again,) = measure([(12, 12)], again=True)
+    assert again < 0.7 * large
+
+
+def test_memory_is_measured_of_speech_alone() -> None:
+    from trainer import bench_memory
+    from trainer.errors import UserError
+
+    with pytest.raises(UserError, match="is no acoustic model"):
+        bench_memory.one({"config": "copying/t1000", "overrides": [], "batch": 1, "recompute": False})

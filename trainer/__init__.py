@@ -1,3 +1,17 @@
-"""The training library: configuration, data plan, engine, checkpoints, tracking. Knows no task."""
+"""The training library: configuration, data plan, engine, checkpoints, tracking. `load` gives a trained recogniser."""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainer.recogniser import Recogniser
+
+
+def load(run: "str | Path") -> "Recogniser":
+    """The recogniser of a run, or of a folder that `export` wrote; see `trainer.recogniser`."""
+    from trainer import recogniser
+
+    return recogniser.load(run)

@@ -99,6 +99,25 @@ def generate(folder: Path, utterances: int, per_shard: int, sample_rate_hz: int,
     return shards
 
 
+@contextmanager
+def stand_in(config: str, overrides: Sequence[str], utterances: int, per_shard: int = 256) -> Iterator[list[str]]:
+    """A made-up corpus in place of that of a configuration: the `key=value` that name it.
+
+    Raises:
+        UserError: the configuration is not of speech.
+    """
+    from trainer import recipe
+    from trainer.data.speech import SpeechDataConfig
+
+    loaded = recipe.load(config, [*overrides, *PLAIN]).config
+    if not isinstance(data := getattr(loaded, "data", None), SpeechDataConfig):
+        raise UserError(f"the command line: utterances = {utterances}: {config} is not of speech; leave it out")
+    with tempfile.TemporaryDirectory(prefix="ostinato-") as folder:
+        path = Path(folder) / "corpus"
+        generate(path, utterances, per_shard, data.sample_rate_hz, data.features)
+        yield [*PLAIN, f"data.path={path}"]
+
+
 Clip = tuple[bytes, str, int]
 """FLAC, transcript, samples."""
 

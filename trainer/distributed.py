@@ -349,6 +349,11 @@ class Trained:
             applied, norm = bool(self.model.was_step_applied()), float(self._wrapper._global_grad_norm)
         return Applied(applied, norm, self.scale.observe(applied))
 
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of the last step's gradient of each trained parameter, before clipping; empty at ZeRO 1 to 3, where no
+        rank has whole gradients."""
+        return {self.names[p]: float(norm) for p, norm in getattr(self.optimizer, "norms", {}).items()}
+
     # What a checkpoint saves and fills
 
     def slices(self, everything: bool = False) -> Iterator[Slice]:

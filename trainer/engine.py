@@ -474,7 +474,7 @@ class Training:
                 "best": self.plateau.best,
                 "seconds": time.perf_counter() - start,
             },
-            recurrences.logged(self.validation.model) if self.ranks.first else {},
+            self._of_layers() if self.ranks.first else {},
         )
         if self.ranks.first and self.config.validation.table_rows:
             shown = sorted(evaluation.rows, key=lambda r: keyed.key("table", r.key))
@@ -488,6 +488,11 @@ class Training:
         if self.ranks.first and self.config.validation.samples:
             self._generate(epoch)
         return better
+
+    def _of_layers(self) -> dict[str, float]:
+        """What is told of each recurrent layer at a validation: of its matrix, and of the last step's gradient."""
+        gradients = recurrences.gradients(self.trained.module, self.trained.gradient_norms())
+        return recurrences.logged(self.validation.model) | gradients
 
     @torch.inference_mode()
     def _generate(self, epoch: int) -> None:

@@ -103,6 +103,7 @@ class Guarded(torch.optim.Optimizer):
         scale: what the gradients have been multiplied by (only where `guards`).
         refused: whether the last step was refused.
         grad_norm: of the last step, before clipping (only where `guards`).
+        norms: the same of each parameter.
     """
 
     guards = True
@@ -112,15 +113,18 @@ class Guarded(torch.optim.Optimizer):
     scale = 1.0
     refused = False
     grad_norm = 0.0
+    norms: dict[torch.Tensor, torch.Tensor]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.guards:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in moved]
             if self.scale != 1:
                 torch._foreach_div_(grads, self.scale)
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-            self.grad_norm = float(norm)
+            norms = torch._foreach_norm(grads)
+            self.norms = dict(zip(moved, norms, strict=True))
+            self.grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
             self.refused = not math.isfinite(self.grad_norm)
             if self.refused:
                 return

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 
@@ -25,6 +25,7 @@ from PIL import Image
 from trainer.metrics import error_rates
 
 Rows = list[dict[str, Any]]
+T = TypeVar("T")
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes too (Okabe & Ito)
 MAX_PICTURE_FRAMES = 600
@@ -76,6 +77,12 @@ def _axes(ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _few(items: Sequence[T], count: int) -> list[T]:
+    """The first, the last, and as many between them at equal distances."""
+    last = len(items) - 1
+    return [items[i] for i in dict.fromkeys(round(last * k / max(1, count - 1)) for k in range(count))]
+
+
 def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
     """Pictures over optimizer steps, by name; one that would be empty is left out."""
     figures: dict[str, Figure] = {}
@@ -114,6 +121,14 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
         axes.set_yscale("log")
     for i, row in enumerate(refused):
         axes.axvline(row["step"], color=ORANGE, linestyle=":", label=None if i else "refused step")
+
+    layers = [(row["step"], [v for k, v in row.items() if k.startswith("gradient/") and v]) for row in valid]
+    layers = [(step, norms) for step, norms in layers if len(norms) > 1]
+    if layers:
+        figures["gradient-norm-of-layers"], axes = _axes("gradient norm of a layer")
+        axes.set(xlabel="layer", yscale="log")
+        for (step, norms), color in zip(_few(layers, 3), (GREEN, ORANGE, BLUE), strict=False):
+            axes.plot(range(1, len(norms) + 1), norms, color=color, label=f"step {step}")
 
     figures["throughput"], axes = _axes("hours of audio an hour (x real time)" if sound else "tokens a second")
     speed = ("audio_hours_per_second", 3600) if sound else ("tokens_per_second", 1)

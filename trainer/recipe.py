@@ -239,6 +239,26 @@ class Recipe(Generic[C]):
         """
         raise UserError(f"{self.config.name}: the recipe {self.config.recipe} has nothing to generate")
 
+    def recogniser(self, weights: dict[str, Tensor], labels: dict[str, str], folder: Path) -> Any:
+        """A `trainer.recogniser.Recogniser` with these weights.
+
+        Args:
+            labels: what the outputs stand for, as checkpoints say.
+            folder: where a vocabulary may lie, else with the data.
+
+        Raises:
+            UserError: the task is no recognition of speech, or the labels cannot be had.
+        """
+        raise UserError(f"{self.config.name}: the recipe {self.config.recipe} recognises no speech")
+
+    def utterances(self, split: Split, count: int) -> list[tuple[Tensor, str]]:
+        """Some recordings of a split, as samples (N,), and what is said in them.
+
+        Raises:
+            UserError: there are none here.
+        """
+        raise UserError(f"{self.config.name}: the recipe {self.config.recipe} recognises no speech")
+
     def derive(self, values: dict[str, float]) -> dict[str, float]:
         """Numbers of an evaluation that follow from its means, such as the perplexity; none by default."""
         return {}

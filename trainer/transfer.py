@@ -14,6 +14,7 @@ from trainer import checkpoint, distributed
 from trainer import config as configuration
 from trainer.checkpoint import Checkpoint
 from trainer.config import show
+from trainer.data.text import SUBWORDS_FILE
 from trainer.errors import UserError
 from trainer.run import RunDirectory
 
@@ -114,6 +115,9 @@ def export(run: RunDirectory, folder: Path) -> dict[str, Any]:
         facts["sha256"] = hashlib.sha256(temporary.read_bytes()).hexdigest()
         temporary.replace(folder / "weights.pt")
         (folder / "config.yaml").write_text(configuration.dump_yaml(best.state["config"]), encoding="utf-8")
+        vocabulary = Path(best.state["config"].get("data", {}).get("path", "")) / SUBWORDS_FILE
+        if vocabulary.is_file():  # of labels that are subwords
+            (folder / SUBWORDS_FILE).write_bytes(vocabulary.read_bytes())
         (folder / "export.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
     except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
         raise UserError(f"{show(folder)}: cannot be written: {error}; name another with to=FOLDER") from error

@@ -19,6 +19,8 @@ def test_a_run_is_analysed_and_its_report_shows_it(tmp_path: Path, monkeypatch: 
     run_ranks(1, fit, [corpus, *more, *free, f"runs_dir={tmp_path / 'runs'}", "name=run"], "pixels/sequential")
     rows = [row for row in read_lines(tmp_path / "runs/run/metrics.jsonl") if row["kind"] == "validation"]
     assert {"norm/rnn.layers.0.0", "radius/rnn.layers.0.0", "nonnormality/rnn.layers.0.0"} <= rows[-1].keys()
+    steps = [row for row in read_lines(tmp_path / "runs/run/metrics.jsonl") if row["kind"] == "train"]
+    assert 0 < rows[-1]["gradient/rnn.layers.0"] <= steps[-1]["grad_norm"] * 1.0001
     monkeypatch.chdir(tmp_path)
     assert main(["analyze", "run", "samples=3"]) == 0
     folder = tmp_path / "runs/run/analysis"

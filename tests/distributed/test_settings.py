@@ -66,7 +66,7 @@ def test_accumulation_is_one_key(corpus: Path, tmp_path: Path, micro_batch_secon
 
 
 def count_passes(ranks: Any, arguments: list[str]) -> int:
-    from trainer.models.rnn import Layer
+    from trainer.models.recurrence import Layer
 
     original, calls = Layer.compute, [0]
 

@@ -145,7 +145,8 @@ def test_what_export_cannot_do_is_a_mistake(
     (tmp_path / "file").write_text("")
     for arguments, wanted in [
         (["nowhere"], "nowhere: is not a run directory"),
-        ([str(source["run"]), "split=test"], "split=test: export takes RUN and to=FOLDER alone"),
+        ([str(source["run"]), "split=all"], "split = 'all': wanted train, valid or test"),
+        ([str(source["run"]), "too=x"], "too: unknown key"),
         ([str(source["run"]), f"to={tmp_path / 'file'}"], "name another with to=FOLDER"),
     ]:
         assert main(["export", *arguments]) == EXIT_USER_MISTAKE

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kernels import reference
 from trainer.analysis.recurrences import recurrences
 from trainer.models.linear import reverse_rows
-from trainer.models.rnn import Layer, RecurrentLayer
+from trainer.models.recurrence import Layer, RecurrentLayer
 
 Step = Callable[[Tensor, Tensor], Tensor]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.analysis.perturbations import Judge
 from trainer.models.cells import ElmanConfig
 from trainer.models.readout import Readout
-from trainer.models.rnn import RecurrentLayer
+from trainer.models.recurrence import RecurrentLayer
 from trainer.recipe import Inputs
 
 

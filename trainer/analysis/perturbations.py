@@ -29,7 +29,7 @@ from trainer.analysis.recurrences import recurrences
 from trainer.data.dataset import Batch
 from trainer.metrics import Mean, add
 from trainer.models.normalization import frame_mask
-from trainer.models.rnn import Layer, run
+from trainer.models.recurrence import Layer, run
 from trainer.recipe import Inputs, Recipe
 
 STEPS = 8

@@ -1,6 +1,7 @@
 """The recurrent matrices of a model: cheap numbers of each for training, everything for `analyze`."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from trainer.analysis import estimates, matrices, pseudospectrum
 from trainer.analysis.matrices import Matrix
 from trainer.analysis.pseudospectrum import Resolvent
-from trainer.models.rnn import RecurrentLayer
+from trainer.models.recurrence import RecurrentLayer
 
 LOGGED_SIZE = 512
 """Widest matrix whose eigenvalues are computed during training: a third of a second for each gate."""
@@ -59,6 +60,20 @@ def logged(model: nn.Module) -> dict[str, float]:
         ]
         found[f"nonnormality/{name}"] = max(shares)
     return {name: float(f"{value:.6g}") for name, value in found.items()}
+
+
+def gradients(model: nn.Module, norms: Mapping[str, float]) -> dict[str, float]:
+    """Norm of the gradient of each layer, all its directions and weights together, for a row of metrics.
+
+    Args:
+        norms: of each parameter of the model, by name.
+    """
+    found: dict[str, float] = {}
+    for layer in dict.fromkeys(name.rpartition(".")[0] for name, _ in recurrences(model)):
+        squares = [norm**2 for name, norm in norms.items() if name.startswith(f"{layer}.")]
+        if squares:
+            found[f"gradient/{layer}"] = float(f"{math.sqrt(sum(squares)):.6g}")
+    return found
 
 
 def study(a: Matrix, num_points: int, num_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,7 +18,7 @@ from trainer import keyed
 from trainer.analysis import jacobian, lipschitz, perturbations, pseudospectrum, recurrences
 from trainer.analysis.perturbations import ATTACKS, NOISES, Judge, Score
 from trainer.data.dataset import Batch, Dataset
-from trainer.models.rnn import RecurrentLayer
+from trainer.models.recurrence import RecurrentLayer
 from trainer.recipe import Recipe, Split
 
 SIZES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

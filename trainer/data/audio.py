@@ -80,6 +80,7 @@ class LogMel(nn.Module):
         least 1 (a shorter clip is padded with silence)
     """
 
+    floor = LOG_FLOOR
     window: Tensor
     mel: Tensor
     mean: Tensor
@@ -130,6 +131,10 @@ class LogMel(nn.Module):
         with torch.autocast("cpu", enabled=False):
             return self.energies(wave.float()).sub_(self.mean).div_(self.deviation)
 
+    def stream(self) -> "FeatureStream":
+        """Features of one clip that comes piece by piece."""
+        return FeatureStream(self)
+
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         attacked = torch.is_grad_enabled() and waveforms.requires_grad
         if waveforms.device.type == "cpu" and not attacked:  # clip by clip stays in the cache
@@ -139,6 +144,32 @@ class LogMel(nn.Module):
             x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
             valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
             return x * valid[..., None], frames
+
+
+class FeatureStream:
+    """Normalised features of a clip whose samples come piece by piece: the very frames of `LogMel.clip`.
+
+    Args:
+        log_mel: what computes them.
+    """
+
+    def __init__(self, log_mel: LogMel) -> None:
+        self._log_mel = log_mel
+        self._waiting = torch.zeros(0)
+        self._begun = False
+
+    def push(self, samples: Tensor, last: bool = False) -> Tensor:
+        """Samples (N,) -> the frames (T, F) whose windows are full now; with the last samples one frame at least."""
+        log_mel = self._log_mel
+        wave = torch.cat([self._waiting, samples.float()])
+        frames = max(0, (len(wave) - log_mel.n_fft) // log_mel.hop + 1)
+        if last and not self._begun:
+            frames = max(frames, 1)
+        self._waiting = wave[frames * log_mel.hop :]
+        if not frames:
+            return wave.new_zeros(0, log_mel.num_bands)
+        self._begun = True
+        return log_mel.clip(wave[: (frames - 1) * log_mel.hop + log_mel.n_fft])
 
 
 class Precomputed(nn.Module):

@@ -536,6 +536,26 @@ def build_tokens(config: SpeechDataConfig, prepared: Prepared) -> Tokens:
     return made
 
 
+def vocabulary(config: SpeechDataConfig, identity: str, folder: Path) -> Tokens:
+    """What the labels mean that a model was trained on, without its corpus.
+
+    Args:
+        identity: that of the tokens, as a checkpoint names it.
+        folder: where a vocabulary of subwords may lie, else with the data.
+
+    Raises:
+        UserError: the vocabulary is missing, or another one.
+    """
+    place = folder if (folder / SUBWORDS_FILE).is_file() else config.path
+    made: Tokens = config.text.tokens.build(identity, place)
+    if made.identity != identity:
+        raise UserError(
+            f"{show(place / SUBWORDS_FILE)}: is another vocabulary ({made.identity}) than the model was trained with "
+            f"({identity}); put that there"
+        )
+    return made
+
+
 def build_log_mel(config: SpeechDataConfig, prepared: Prepared) -> LogMel | Precomputed:
     """The feature module with the corpus statistics in it."""
     log_mel = config.features.build(config.sample_rate_hz)

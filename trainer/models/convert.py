@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from trainer.errors import UserError
 from trainer.models.cells import TORCH, ElmanConfig, GRUConfig
-from trainer.models.rnn import RNN, RecurrentLayer, RNNConfig
+from trainer.models.recurrence import RecurrentLayer
+from trainer.models.rnn import RNN, RNNConfig
 
 MODULES: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 

@@ -88,7 +88,8 @@ class Subsampling(nn.Module):
 
     def __init__(self, config: _SubsamplingConfig, input_size: int, two_dimensional: bool) -> None:
         super().__init__()
-        self.config, self.two_dimensional = config, two_dimensional
+        self.config, self.two_dimensional, self.input_size = config, two_dimensional, input_size
+        self.widths: list[int] = []
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
         channels, bands = (1, input_size) if two_dimensional else (input_size, 1)
         for layer in config.layers:
@@ -103,19 +104,44 @@ class Subsampling(nn.Module):
                 )
             channels = layer.channels
             self.norms.append(build_norm(config.norm, channels * bands))
+            self.widths.append(channels * bands)
         self.output_size = config.projection or channels * bands
         self.projection = nn.Linear(channels * bands, config.projection) if config.projection else nn.Identity()
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        activation = nn.functional.relu if self.config.activation == "relu" else nn.functional.gelu
         x = x * frame_mask(lengths, x.shape[1])[..., None]
-        for convolution, norm, layer in zip(self.convolutions, self.norms, self.config.layers, strict=True):
+        for i, (convolution, layer) in enumerate(zip(self.convolutions, self.config.layers, strict=True)):
             mask = frame_mask((lengths + layer.stride - 1) // layer.stride, -(-x.shape[1] // layer.stride))
             lengths = (lengths + layer.stride - 1) // layer.stride
-            if self.two_dimensional:
-                x = x.unflatten(-1, (-1, convolution.in_channels)).permute(0, 3, 1, 2)
-                y = convolution(x).permute(0, 2, 3, 1).flatten(2)  # (B, C, T', F') -> (B, T', F' C)
-            else:
-                y = convolution(x.transpose(1, 2)).transpose(1, 2)  # (B, T', C)
-            x = activation(norm(y, mask)) * mask[..., None]
+            x = self._activated(i, self._columns(convolution(self._maps(x, convolution))), mask) * mask[..., None]
         return self.projection(x), lengths
+
+    def width(self, layer: int) -> int:
+        """Numbers in a frame that goes into a layer."""
+        return self.input_size if layer == 0 else self.widths[layer - 1]
+
+    def inside(self, layer: int, x: Tensor) -> Tensor:
+        """One layer in evaluation, without padding over time: (B, n, D) -> (B, (n - kernel) // stride + 1, D')."""
+        convolution = self.convolutions[layer]
+        y = self._maps(x, convolution)
+        if isinstance(convolution, nn.Conv2d):
+            padding = (0, int(convolution.padding[1]))
+            y = nn.functional.conv2d(y, convolution.weight, convolution.bias, convolution.stride, padding)
+        else:
+            assert isinstance(convolution, nn.Conv1d)
+            y = nn.functional.conv1d(y, convolution.weight, convolution.bias, convolution.stride)
+        return self._activated(layer, self._columns(y), None)
+
+    def _maps(self, x: Tensor, convolution: nn.Module) -> Tensor:
+        """(B, T, D) as a convolution takes it: (B, C, T) or (B, C, T, F)."""
+        if not self.two_dimensional:
+            return x.transpose(1, 2)
+        return x.unflatten(-1, (-1, int(convolution.in_channels))).permute(0, 3, 1, 2)  # type: ignore[arg-type]
+
+    def _columns(self, y: Tensor) -> Tensor:
+        """What a convolution gave as (B, T', D)."""
+        return y.permute(0, 2, 3, 1).flatten(2) if self.two_dimensional else y.transpose(1, 2)
+
+    def _activated(self, layer: int, y: Tensor, mask: Tensor | None) -> Tensor:
+        activation = nn.functional.relu if self.config.activation == "relu" else nn.functional.gelu
+        return activation(self.norms[layer](y, mask))

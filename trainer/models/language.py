@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from trainer import keyed
 from trainer.config import Config
+from trainer.models.recurrence import State
 from trainer.models.regularizers.dropout import drop
-from trainer.models.rnn import RNNConfig, State
+from trainer.models.rnn import RNNConfig
 from trainer.models.softmax import FullConfig, SoftmaxConfig
 
 Carried = dict[str, Tensor]

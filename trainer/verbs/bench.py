@@ -6,6 +6,7 @@
     ./launch.sh bench orthogonal                 cost of an orthogonal matrix; copying against torch's parts, one thread
     ./launch.sh bench language                   tokens a second of language models against torch's parts
     ./launch.sh bench plan speech/read_ru        time and memory of index and plan of large synthetic corpora, padding
+    ./launch.sh bench memory speech/read_ru_deep resident size of a training pass by depth and batch
     ./launch.sh bench batch-size speech/read_ru  the largest safe plan.micro_batch_seconds on this device
 
 The rivals stand in trainer/bench.py, bench_loader.py, bench_orthogonal.py and bench_language.py, and in
@@ -25,7 +26,8 @@ from trainer.verbs import add_overrides
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", choices=["step", "loader", "kernels", "orthogonal", "language", "plan", "batch-size", "scaling"]
+        "what",
+        choices=["step", "loader", "kernels", "orthogonal", "language", "plan", "memory", "batch-size", "scaling"],
     )
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="speech/read_ru")
     add_overrides(parser)
@@ -55,6 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
         "orthogonal": _orthogonal,
         "language": _language,
         "plan": _plan,
+        "memory": _memory,
         "batch-size": _batch_size,
         "scaling": _scaling,
     }
@@ -287,6 +290,35 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
 LIBRISPEECH_UTTERANCES = 281_241
 """Of its three training sets."""
+
+
+def _memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Resident size of a training pass by depth and batch."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer import bench_memory
+
+    console = Console()
+    rows = bench_memory.measure(
+        arguments.config, arguments.overrides, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    table = Table(title=f"{arguments.config}: a pass over clips of {bench_memory.SECONDS:g} s, MiB of resident size")
+    for heading in ("layers", "batch", "weights", "gradients", "activations", "a layer and clip", "computed again"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        mebibytes = row["activation_bytes"] / 2**20
+        table.add_row(
+            str(row["layers"]),
+            str(row["batch"]),
+            f"{row['parameters']:,}",
+            f"{row['gradient_bytes'] / 2**20:.0f}",
+            f"{mebibytes:,.0f}",
+            f"{mebibytes / row['layers'] / row['batch']:.3f}",
+            "yes" if row["recompute"] else "no",
+        )
+    console.print(table)
+    return {"config": arguments.config, "seconds": bench_memory.SECONDS, "rows": rows}
 
 
 def _batch_size(arguments: argparse.Namespace) -> dict[str, Any]:

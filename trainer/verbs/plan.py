@@ -1,6 +1,10 @@
 """Dry run: what an epoch will be, before any time is spent on it.
 
     ./launch.sh plan speech/read_ru world_size=2
+    ./launch.sh plan speech/librispeech_960 world_size=64 utterances=281241
+
+The second is of a corpus that is not at hand: so many made-up utterances as long as those of LibriSpeech stand for it,
+spelt by letters.
 
 Prints steps, batches, padding, what is left out and why, what looks odd, the model's size, memory of the worst batches,
 warnings (processes with nothing to do, much padding), and the DeepSpeed JSON that follows from the configuration.
@@ -26,13 +30,23 @@ MUCH_WASTE = 0.05
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.epilog = "world_size=N: for how many processes (default 1)"
+    parser.epilog = "world_size=N: for how many processes (default 1); utterances=N: of a made-up corpus of speech"
 
 
 def main(arguments: argparse.Namespace) -> int:
     text, overrides = take(arguments.overrides, "world_size")
     world_size = positive(text, "world_size") or 1
+    text, overrides = take(overrides, "utterances")
+    if (count := positive(text, "utterances")) is not None:
+        from trainer.bench_plan import stand_in
 
+        with stand_in(arguments.config, overrides, count) as more:
+            return _print(arguments.config, [*overrides, *more], world_size, f" of {count:,} made-up utterances")
+    return _print(arguments.config, overrides, world_size)
+
+
+def _print(config_name: str, overrides: list[str], world_size: int, what: str = "") -> int:
+    """The whole of it; `what` the corpus is, if it is none of its own."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -43,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
     from trainer.recipe import load
     from trainer.run import read_quarantine
 
-    recipe = load(arguments.config, overrides)
+    recipe = load(config_name, overrides)
     config = recipe.config
     dataset = recipe.build_dataset("train")
     known = read_quarantine(config.quarantine, "train")
@@ -54,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
     dummies = rounds * world_size * len(steps) - steps.num_micro_batches()
     model = recipe.build_model()
 
-    table = Table(show_header=False, title=Text(f"{config.name}, epoch 1 on {world_size} process(es)"))
+    table = Table(show_header=False, title=Text(f"{config.name}, epoch 1{what} on {world_size} process(es)"))
     table.add_row("samples", f"{counts.get('samples', 0):,.0f} of {len(dataset):,}")
     for reason in filter(None, left_out([*dataset.plan.rejections, *known]).split(", ")):
         table.add_row("left out", Text(reason))

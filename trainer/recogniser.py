@@ -1,0 +1,309 @@
+"""A trained recogniser for Python: sound in, text out, at once or while it comes.
+
+import trainer
+
+recogniser = trainer.load("runs/speech-read_ru_streaming")
+print(recogniser.transcribe("hello.wav"))
+
+stream = recogniser.stream()
+for samples in microphone:              # any number of samples at a time, at recogniser.sample_rate_hz
+    print(stream.push(samples))
+print(stream.finish())
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer import checkpoint, sounds
+from trainer import config as configuration
+from trainer.config import show
+from trainer.data.audio import LogMel
+from trainer.data.text import BLANK, Tokens
+from trainer.errors import UserError
+from trainer.models.acoustic import AcousticModel
+from trainer.models.streaming import AcousticStream, for_inference
+from trainer.recipe import Recipe, from_plain
+from trainer.run import RunDirectory
+
+PAUSE_SECONDS = 0.8
+"""Of blanks, after which what was said is final."""
+LONGEST_SECONDS = 30.0
+"""Of a part that is decoded at once: a longer one ends at the next blank, one of twice the length anywhere."""
+WINDOW_SECONDS = 30.0
+MARGIN_SECONDS = 3.0
+"""Of a model that needs the whole of a recording: it gets windows, and so much more on either side."""
+
+Decoder = Callable[[Tensor, Tensor], list[list[int]]]
+"""Log-probabilities (B, T, V) and lengths (B,) -> the labels of each row, without blanks."""
+
+
+class Hypothesis:
+    """What was heard so far, decoded from log-probabilities that come piece by piece.
+
+    Until a pause, the best path of CTC stands for what a decoder may find; then the decoder has the last word. So
+    memory and work are bounded by what lies between two pauses.
+
+    Args:
+        decoder: None for the best path.
+        frame_seconds: of an output frame.
+    """
+
+    def __init__(self, decoder: Decoder | None, frame_seconds: float) -> None:
+        self._decoder = decoder
+        self._pause, self._longest = round(PAUSE_SECONDS / frame_seconds), round(LONGEST_SECONDS / frame_seconds)
+        self.frames = 0
+        self.first_frame: int | None = None
+        """The frame of the first label."""
+        self._final: list[int] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._part: list[Tensor] = []
+        self._labels: list[int] = []
+        self._length = self._blanks = 0
+        self._before = BLANK
+
+    @property
+    def labels(self) -> list[int]:
+        """Without blanks."""
+        return self._final + self._labels
+
+    def push(self, log_probs: Tensor) -> None:
+        """Take the log-probabilities (T, V) of new frames."""
+        best = log_probs.argmax(-1).tolist()
+        start = 0
+        for t, label in enumerate(best):
+            if label not in (BLANK, self._before):
+                self._labels.append(label)
+                self.first_frame = self.frames if self.first_frame is None else self.first_frame
+            self._before = label
+            self._blanks = self._blanks + 1 if label == BLANK else 0
+            self._length += 1
+            self.frames += 1
+            paused = self._blanks >= self._pause or (self._length >= self._longest and label == BLANK)
+            if paused or self._length >= 2 * self._longest:
+                self._keep(log_probs[start : t + 1])
+                start = t + 1
+                self.finish()
+        self._keep(log_probs[start:])
+
+    def _keep(self, log_probs: Tensor) -> None:
+        if self._decoder is not None and len(log_probs):
+            self._part.append(log_probs)
+
+    def finish(self) -> None:
+        """What is heard up to here is final."""
+        if self._decoder is not None and self._labels:
+            part = torch.cat(self._part)[None]
+            (self._labels,) = self._decoder(part, torch.tensor([part.shape[1]]))
+        self._final += self._labels
+        before = self._before  # a label that is cut in two is one all the same
+        self._begin()
+        self._before = before
+
+
+class Recogniser:
+    """A model with its labels and features.
+
+    Args:
+        model: trained.
+        tokens: its labels.
+        sample_rate_hz: of the sound it hears.
+        decoder: from log-probabilities to labels; None for the best path.
+
+    Attributes:
+        model: a copy for inference.
+        frame_seconds: from one output frame to the next.
+    """
+
+    def __init__(
+        self, model: AcousticModel, tokens: Tokens, sample_rate_hz: int, decoder: Decoder | None = None
+    ) -> None:
+        self.model = for_inference(model)
+        self.tokens, self.decoder = tokens, decoder
+        self.sample_rate_hz = sample_rate_hz
+        features = model.log_mel
+        if not isinstance(features, LogMel):
+            raise UserError(
+                "data.features.kind = precomputed: the model hears no sound but features that came with its corpus; "
+                "train one on sound"
+            )
+        self.features: LogMel = self.model.log_mel  # type: ignore[assignment]
+        self.hop = features.hop * model.config.subsampling.stride
+        self.frame_seconds = self.hop / sample_rate_hz
+
+    def cannot_stream(self) -> str | None:
+        """The key that keeps the model from running while sound comes, None if it can."""
+        reason = self.model.config.cannot_stream()
+        return None if reason is None else f"model.{reason}"
+
+    def stream(self) -> "Stream":
+        """Recognition of sound that comes piece by piece.
+
+        Raises:
+            UserError: the model needs the whole; the message names the key.
+        """
+        if (reason := self.cannot_stream()) is not None:
+            raise UserError(reason)
+        return Stream(self)
+
+    def log_probs(self, sound: NDArray[Any] | Tensor) -> Tensor:
+        """Of samples (N,) at the model's rate, all at once: (T, V)."""
+        wave = samples(sound)
+        with torch.inference_mode():
+            x = self.features.clip(wave)[None]
+            y, _, _ = self._whole(x)
+        return y[0]
+
+    def _whole(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        model = self.model
+        here, model.features_here = model.features_here, False
+        try:
+            return model(x, torch.full((len(x),), x.shape[1]))
+        finally:
+            model.features_here = here
+
+    def transcribe(self, sound: str | Path | NDArray[Any] | Tensor, sample_rate_hz: int | None = None) -> str:
+        """Text of a recording. Memory does not grow with its length, however long it is.
+
+        Args:
+            sound: a file, or samples (N,): floating point in [-1, 1], or 16-bit integers.
+            sample_rate_hz: of samples; None: the model's.
+
+        Raises:
+            UserError: the file is none, or holds no sound.
+        """
+        if isinstance(sound, (str, Path)):
+            blocks = sounds.of_file(Path(sound), self.sample_rate_hz)
+        else:
+            blocks = sounds.of_samples(samples(sound), sample_rate_hz or self.sample_rate_hz, self.sample_rate_hz)
+        heard = Hypothesis(self.decoder, self.frame_seconds)
+        for part in self.pieces(blocks):
+            heard.push(part)
+        heard.finish()
+        return self.tokens.decode(heard.labels)
+
+    def pieces(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Log-probabilities (T, V) of a recording that comes in blocks of samples, as they are known.
+
+        A model that needs the whole gets windows of half a minute, and three seconds more on either side.
+        """
+        if self.cannot_stream() is None:
+            features, model = self.features.stream(), AcousticStream(self.model)
+            for block in blocks:
+                yield model.push(features.push(block)[None])[0]
+            yield model.push(features.push(torch.zeros(0), last=True)[None], last=True)[0]
+            return
+        window = round(WINDOW_SECONDS / self.frame_seconds) * self.hop
+        margin = round(MARGIN_SECONDS / self.frame_seconds) * self.hop
+        waiting, before = torch.zeros(0), 0  # `before` samples of it are a margin
+        for block in blocks:
+            waiting = torch.cat([waiting, block])
+            while len(waiting) >= before + window + margin:
+                y = self.log_probs(waiting[: before + window + margin])
+                yield y[before // self.hop : (before + window) // self.hop]
+                waiting, before = waiting[before + window - margin :], margin
+        yield self.log_probs(waiting)[before // self.hop :]
+
+
+class Stream:
+    """Recognition of one recording while it comes.
+
+    Args:
+        recogniser: whose model can.
+
+    Attributes:
+        heard: what was heard so far, as labels.
+        seconds: of sound that came.
+    """
+
+    def __init__(self, recogniser: Recogniser) -> None:
+        self.recogniser = recogniser
+        self._features = recogniser.features.stream()
+        self._model = AcousticStream(recogniser.model)
+        self.heard = Hypothesis(recogniser.decoder, recogniser.frame_seconds)
+        self.seconds = 0.0
+
+    def push(self, sound: NDArray[Any] | Tensor) -> str:
+        """Take new samples (N,) at the model's rate; the text so far, whose end may still change."""
+        wave = samples(sound)
+        self.seconds += len(wave) / self.recogniser.sample_rate_hz
+        frames = self._features.push(wave)
+        if len(frames):
+            self.heard.push(self._model.push(frames[None])[0])
+        return self.text
+
+    def finish(self) -> str:
+        """The whole text; nothing comes after it."""
+        frames = self._features.push(torch.zeros(0), last=True)
+        self.heard.push(self._model.push(frames[None], last=True)[0])
+        self.heard.finish()
+        return self.text
+
+    @property
+    def text(self) -> str:
+        """So far."""
+        return self.recogniser.tokens.decode(self.heard.labels)
+
+    @property
+    def behind_seconds(self) -> float:
+        """How much more sound has come than was decided on."""
+        return self.seconds - self.heard.frames * self.recogniser.frame_seconds
+
+
+def samples(sound: NDArray[Any] | Tensor) -> Tensor:
+    """Samples (N,) as float32 in [-1, 1].
+
+    Raises:
+        ValueError: of another shape or type.
+    """
+    wave = torch.as_tensor(np.ascontiguousarray(sound) if isinstance(sound, np.ndarray) else sound)
+    if wave.ndim != 1:
+        raise ValueError(f"sound is of shape {tuple(wave.shape)}, wanted (N,): one channel")
+    if wave.dtype == torch.int16:
+        return wave.float() / 32768
+    if not wave.is_floating_point():
+        raise ValueError(f"sound is of {wave.dtype}, wanted floating point in [-1, 1] or int16")
+    return wave.float()
+
+
+def load(run: str | Path) -> Recogniser:
+    """The recogniser of a run's best checkpoint, or of a folder that `export` wrote; the corpus is not needed, but
+    where labels are subwords and it was not exported.
+
+    Raises:
+        UserError: there is none, or it recognises nothing.
+    """
+    recipe, weights, labels, folder = open_weights(run)
+    found = recipe.recogniser(weights, labels, folder)
+    assert isinstance(found, Recogniser)
+    return found
+
+
+def open_weights(run: str | Path) -> tuple[Recipe[Any], dict[str, Tensor], dict[str, str], Path]:
+    """A run or exported folder: its recipe, weights, what the outputs stand for, and the folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(run)
+    facts = folder / "export.json"
+    if facts.is_file():
+        try:
+            labels = json.loads(facts.read_text(encoding="utf-8"))["labels"]
+            weights = torch.load(folder / "weights.pt", weights_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{show(folder)}: is not what `export` wrote: {error}; export the run again") from error
+        config = folder / "config.yaml"
+        return from_plain(configuration.load_yaml(config), show(config)), weights, labels, folder
+    directory = RunDirectory.existing(str(run))
+    best = checkpoint.best(directory.checkpoints)
+    labels = best.state["data"]["train"]
+    return from_plain(directory.saved_config(), show(directory.config)), best.weights(), labels, directory.path
