@@ -151,11 +151,16 @@ def _correlations(runs: Runs) -> list[dict[str, str]]:
         line, names = {"task": parts(group[0])[0], "nets": str(len(group))}, list(columns)
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
-                if len(group) > 2:
-                    found = spearmanr(columns[a], columns[b])
-                    line[f"{a}, {b}"] = f"{found.statistic:+.2f} ({found.pvalue:.1g})"
+                line[f"{a}, {b}"] = _ranks(columns[a], columns[b])
         lines.append(line)
     return lines
+
+
+def _ranks(a: Sequence[float], b: Sequence[float]) -> str:
+    if len(set(a)) < 2 or len(set(b)) < 2 or len(a) < 3:
+        return ""
+    found = spearmanr(a, b)
+    return f"{found.statistic:+.2f} ({found.pvalue:.1g})"
 
 
 # The page

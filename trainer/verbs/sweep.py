@@ -21,6 +21,9 @@ Exit codes as in train.
 import argparse
 from pathlib import Path
 
+WIDEST = 9
+"""Columns of a table that a console can show; wider ones are in the files alone."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="a YAML file")
@@ -67,6 +70,8 @@ def sweep(path: Path, workers: int | None = None) -> int:
             more = sweeps.conclude(config.conclusion, rows, folder)
             tables, pictures = tables | more.tables, [*more.pictures, *pictures]
         for heading, lines in tables.items():
+            if len(lines[0]) > WIDEST:
+                continue
             shown = Table(title=heading)
             for column in lines[0]:
                 shown.add_column(column)
