@@ -10,6 +10,7 @@ the mean over the sizes from 0.005 to 0.1: how robust a net is, its accuracy apa
 Source: Sengupta & Friston 2018, arXiv:1804.11313; its abstract and first page were read, not its list of nets and sets.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,7 @@ def conclude(rows: Sequence[Run], folder: Path) -> Conclusion:
         "Each form beside the free one of the same task, cell and seed": _forms(runs),
         "Are trained matrices normal? The largest of each net's": _normality(runs),
         "Do accuracy, stability and robustness go together? Rank correlations (p)": _correlations(runs),
+        "Does a larger size ever help? Steps that lower the mean over all nets, and by how much at most": _helped(runs),
     }
     return Conclusion({heading: lines for heading, lines in tables.items() if lines}, [path])
 
@@ -152,6 +154,21 @@ def _correlations(runs: Runs) -> list[dict[str, str]]:
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
                 line[f"{a}, {b}"] = _ranks(columns[a], columns[b])
+        lines.append(line)
+    return lines
+
+
+def _helped(runs: Runs) -> list[dict[str, str]]:
+    kinds = [kind for kind in NAMES if any(kind in run["analysis"]["curves"] for run in runs)]
+    lines = []
+    for group in _by(runs, lambda run: parts(run)[0]):
+        line = {"task": parts(group[0])[0]}
+        for kind in kinds:
+            curves = [found for run in group if (found := run["analysis"]["curves"].get(kind)) is not None]
+            means = [math.inf if None in column else statistics.fmean(column) for column in zip(*curves, strict=True)]
+            falls = [a - b for a, b in itertools.pairwise(means) if a > b]
+            told = f"{len(falls)} of {len(means) - 1}" + (f" ({max(falls):.1g})" if falls else "")
+            line[NAMES[kind]] = told if curves else ""
         lines.append(line)
     return lines
 

@@ -27,6 +27,11 @@ def run(task: str, cell: str, form: str, seed: int, clean: float, rise: float, *
     return {"variant": f"{task}, {cell}, {form}", "seed": seed, "monitor": "error", "analysis": analysis}
 
 
+def sorted_kinds() -> list[str]:
+    """In the order of the table."""
+    return [kind for kind in robustness.NAMES if kind in robustness.COSTS]
+
+
 def test_tables_say_what_the_runs_do(tmp_path: Path) -> None:
     rows = [
         run("pixels", cell, form, seed, clean + seed / 100, rise, radius=radius, lyapunov=lyapunov)
@@ -34,11 +39,11 @@ def test_tables_say_what_the_runs_do(tmp_path: Path) -> None:
         for form, clean, rise, radius, lyapunov in (("free", 0.1, 0.2, 1.3, 0.1), ("norm 1", 0.3, 0.1, 0.9, -0.2))
         for seed in (0, 1, 2)
     ]
-    rows.append(run("music", "Elman", "free", 0, 8.0, 1.0, kreiss=None))
+    rows.append(run("music", "Elman", "free", 0, 8.0, -1.0, kreiss=None))
     found = robustness.conclude([*rows, {"variant": "not analysed"}], tmp_path)
     assert [path.name for path in found.pictures] == ["robustness.png"]
     assert found.pictures[0].stat().st_size > 10_000
-    nets, forms, normality, together = found.tables.values()
+    nets, forms, normality, together, helped = found.tables.values()
     assert [(line["task"], line["cell"], line["form"]) for line in nets] == [
         ("pixels", "Elman", "free"), ("pixels", "Elman", "norm 1"), ("pixels", "GRU", "free"),
         ("pixels", "GRU", "norm 1"), ("music", "Elman", "free"),
@@ -54,6 +59,8 @@ def test_tables_say_what_the_runs_do(tmp_path: Path) -> None:
     assert free["worse clean"] == ""
     assert {line["further from normal than at start"] for line in normality} == {"3 of 3", "1 of 1"}
     assert float(together[0]["Lyapunov, cost of attack"].split()[0]) > 0.9
+    assert helped[0] == {"task": "pixels"} | {robustness.NAMES[kind]: "0 of 7" for kind in sorted_kinds()}
+    assert helped[1][robustness.NAMES[robustness.ATTACK]] == "1 of 7 (1)"
     assert together[0]["clean, non-normality"] == ""  # all nets are equally far from normal
 
 
