@@ -224,7 +224,7 @@ def _panel(axes: Axes, runs: Runs, kind: str, colors: dict[str, str]) -> None:
         curve(axes, group[0]["analysis"]["sizes"], curves, colors[form], form)
         size_axis(axes, group[0]["analysis"]["sizes"], "size")
         axes.set_ylabel(group[0]["monitor"])
-        if group[0]["monitor"] == "nll":  # has no upper bound
-            clean = max(number(run, "clean") for run in runs)
-            axes.set_ylim(0, 3 * clean)
-    axes.set_ylim(bottom=0)
+    if runs and runs[0]["monitor"] != "nll":
+        axes.set_ylim(bottom=0)
+    elif kind == ATTACK:  # its cost has no upper bound
+        axes.set_ylim(0, 3 * max(number(run, "clean") for run in runs))
