@@ -18,7 +18,7 @@ from recipes import music
 from tests.helpers import fit, run_ranks
 from trainer import recipe
 from trainer.__main__ import main
-from trainer.analysis import inputs, perturbations
+from trainer.analysis import inputs, lipschitz, perturbations
 from trainer.analysis.perturbations import Judge
 from trainer.analysis.study import choose, curves_of
 from trainer.data import scores
@@ -26,6 +26,7 @@ from trainer.data.music import MusicDataset, marginals, transitions, transposed
 from trainer.engine import initialise
 from trainer.errors import EXIT_USER_MISTAKE, UserError
 from trainer.evaluation import Evaluator
+from trainer.models.normalization import frame_mask
 from trainer.recipe import Wish
 
 SETS = Path(__file__).parents[1] / "../shared/data/music"
@@ -204,6 +205,17 @@ def test_a_roll_bears_noise_attacks_and_flips(midi: Path) -> None:
         assert torch.equal(noisy["targets"], judge.batches[0]["targets"])  # what is to be predicted stays as it was
         assert 0 <= float(noisy["inputs"].min()) <= float(noisy["inputs"].max()) <= 1
     assert {"flips", "flips_worst"} <= {kind for kind, _ in curves_of(judge, 1)}
+    x, lengths = judge.batches[0]["inputs"], judge.batches[0]["lengths"]
+    constant, why = lipschitz.bound(model, x.shape[1])
+    assert not why
+    e = (
+        0.01
+        * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        * frame_mask(lengths, x.shape[1])[..., None]
+    )
+    with torch.no_grad():
+        moved = model(x + e, lengths) - model(x, lengths)
+    assert float((moved.flatten(1).norm(dim=1) / e.flatten(1).norm(dim=1)).max()) <= constant < torch.inf
 
 
 def test_outputs_start_at_the_frequencies_of_the_keys(midi: Path) -> None:
