@@ -195,31 +195,17 @@ def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float
     }
     sections = {title: text for title, text in sections.items() if text}
     parts = "".join((f"<h2>{escape(title)}</h2>" if title else "") + text for title, text in sections.items())
-    _write(run.report, name, parts)
-    metrics: dict[str, float] = evaluations.get(split, {}).get("metrics", {})
-    return metrics
-
-
-def write_sweep(name: str, tables: dict[str, list[dict[str, str]]], pictures: Sequence[Path], path: Path) -> None:
-    """Write the report of a sweep: its tables by their headings, then pictures that were saved before."""
-    parts = [
-        f"<h2>{escape(heading)}</h2>{_table([list(line.values()) for line in lines], list(lines[0]))}"
-        for heading, lines in tables.items()
-    ]
-    _write(path, name, "".join([*parts, *(f"<p>{saved(picture)}</p>" for picture in pictures)]))
-
-
-def _write(path: Path, name: str, body: str) -> None:
-    """A page that is whole on its own."""
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{escape(name)}</h1>{body}</body></html>\n"
+        f"<body><h1>{escape(name)}</h1>{parts}</body></html>\n"
     )
-    temporary = path.with_suffix(".tmp")
+    temporary = run.report.with_suffix(".tmp")
     temporary.write_text(page, encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    temporary.replace(run.report)
+    metrics: dict[str, float] = evaluations.get(split, {}).get("metrics", {})
+    return metrics
 
 
 def _evaluation(path: Path) -> dict[str, Any]:

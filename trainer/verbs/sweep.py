@@ -43,7 +43,7 @@ def sweep(path: Path, workers: int | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer import plots, report
+    from trainer import plots, sweep_report
     from trainer import sweep as sweeps
     from trainer.config import show
     from trainer.errors import UserError
@@ -81,7 +81,7 @@ def sweep(path: Path, workers: int | None = None) -> int:
         parts = [f"{heading}\n\n{sweeps.markdown(lines)}" for heading, lines in tables.items()]
         commands = "".join(f"- {row['run']}: `{row['command']}`\n" for row in rows)
         (folder / "table.md").write_text("\n".join([*parts, commands]), encoding="utf-8")
-        report.write_sweep(name, tables, pictures, folder / "report.html")
+        sweep_report.write(folder / "report.html", name, tables, pictures)
         names = ", ".join(["table.md", *(path.name for path in pictures), "results.jsonl", "report.html"])
         console.print(f"{show(folder)}/{names}", highlight=False)
     if failed is not None:
