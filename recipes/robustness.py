@@ -226,5 +226,5 @@ def _panel(axes: Axes, runs: Runs, kind: str, colors: dict[str, str]) -> None:
         axes.set_ylabel(group[0]["monitor"])
     if runs and runs[0]["monitor"] != "nll":
         axes.set_ylim(bottom=0)
-    elif kind == ATTACK:  # its cost has no upper bound
+    elif runs and kind == ATTACK:  # its cost has no upper bound
         axes.set_ylim(0, 3 * max(number(run, "clean") for run in runs))
