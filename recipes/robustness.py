@@ -48,6 +48,11 @@ def number(run: Run, name: str) -> float:
     return math.inf if value is None else float(value)
 
 
+def clean(run: Run) -> float:
+    """The metric without perturbation: of the whole test where the sweep scored it, else of the samples analysed."""
+    return float(run["test"][run["monitor"]]) if run.get("test") else number(run, "clean")
+
+
 def cost(run: Run, kind: str) -> float:
     """See the module's text."""
     values, sizes = run["analysis"]["curves"][kind], run["analysis"]["sizes"]
@@ -89,7 +94,7 @@ def _told(values: Sequence[float]) -> str:
 
 def _line(runs: Runs) -> dict[str, str]:
     line = dict(zip(("task", "cell", "form"), parts(runs[0]), strict=True))
-    line |= {"metric": runs[0]["monitor"], "clean": _told([number(run, "clean") for run in runs])}
+    line |= {"metric": runs[0]["monitor"], "clean": _told([clean(run) for run in runs])}
     line |= {f"cost of {name}": _told([cost(run, kind) for run in runs]) for kind, name in COSTS.items()}
     shown = {"radius": "radius", "norm": "norm", "kreiss": "Kreiss", "lyapunov": "Lyapunov"}
     line |= {heading: _told([number(run, name) for run in runs]) for name, heading in shown.items()}
@@ -109,7 +114,7 @@ def _forms(runs: Runs) -> list[dict[str, str]]:
             "Lyapunov < 0": str(sum(number(run, "lyapunov") < 0 for run in group)),
         }
         pairs = [(run, free[key]) for run in group if (key := (*parts(run)[:2], run["seed"])) in free]
-        line["worse clean"] = _larger([(number(a, "clean"), number(b, "clean")) for a, b in pairs])
+        line["worse clean"] = _larger([(clean(a), clean(b)) for a, b in pairs])
         for kind, name in COSTS.items():
             line[f"larger cost of {name}; ratio"] = _larger([(cost(a, kind), cost(b, kind)) for a, b in pairs], True)
         lines.append(line)
@@ -145,7 +150,7 @@ def _correlations(runs: Runs) -> list[dict[str, str]]:
     lines = []
     for group in _by(runs, lambda run: parts(run)[0]):
         columns = {
-            "clean": [number(run, "clean") for run in group],
+            "clean": [clean(run) for run in group],
             "Lyapunov": [number(run, "lyapunov") for run in group],
             "non-normality": [number(run, "nonnormality") for run in group],
             "cost of attack": [cost(run, ATTACK) for run in group],

@@ -51,6 +51,7 @@ def test_tables_say_what_the_runs_do(tmp_path: Path) -> None:
     assert nets[1]["clean"] == "0.31 +- 0.01"
     assert nets[1]["cost of attack"].startswith("0.1")
     assert nets[4]["Kreiss"] == "∞"
+    assert robustness.clean(rows[0] | {"test": {"error": 0.7}}) == 0.7  # the whole test, where it was scored
     free, norm = forms
     assert (free["nets"], free["radius <= 1"], free["Lyapunov < 0"]) == ("7", "1", "1")
     assert (norm["nets"], norm["radius <= 1"], norm["Lyapunov < 0"]) == ("6", "6", "6")
