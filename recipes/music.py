@@ -32,7 +32,7 @@ from trainer.models.normalization import frame_mask
 from trainer.models.readout import Output
 from trainer.models.regularizers import fast_dropout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Generated, Recipe, Row, RunConfig, Split, State, StepOutput, Wish
+from trainer.recipe import Generated, Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, Wish
 
 USUAL_LENGTH = 128
 PROMPT_FRAMES = 16
@@ -121,6 +121,9 @@ class Music(Recipe[MusicRunConfig]):
     def build_dataset(self, split: Split) -> MusicDataset:
         config = self.config
         return MusicDataset(config.data, split, config.plan, config.seed)
+
+    def inputs(self) -> Inputs:
+        return Inputs("inputs", low=0.0, high=1.0, binary=True)
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         assert isinstance(model, PianoRoll)

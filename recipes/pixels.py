@@ -1,4 +1,4 @@
-"""Pictures a pixel at a time, line by line or in one random order: the class is read after the last pixel.
+"""Pictures a pixel or some at a time, line by line or in one random order: the class is read after the last.
 
 Source: Le, Jaitly & Hinton 2015, arXiv:1504.00941; settings of Helfrich, Willmott & Ye 2018, arXiv:1707.09520.
 """
@@ -38,7 +38,7 @@ class Pixels(Recipe[PixelsRunConfig]):
             self.config.data.corpus.fetch(self.config.data.path, progress)
 
     def build_model(self) -> Readout:
-        return Readout(self.config.model, 1, CLASSES, last=True)
+        return Readout(self.config.model, self.config.data.pixels_per_frame, CLASSES, last=True)
 
     def build_dataset(self, split: Split) -> ImagesDataset:
         config = self.config

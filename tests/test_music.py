@@ -18,11 +18,15 @@ from recipes import music
 from tests.helpers import fit, run_ranks
 from trainer import recipe
 from trainer.__main__ import main
+from trainer.analysis import inputs, lipschitz, perturbations
+from trainer.analysis.perturbations import Judge
+from trainer.analysis.study import choose, curves_of
 from trainer.data import scores
 from trainer.data.music import MusicDataset, marginals, transitions, transposed
 from trainer.engine import initialise
 from trainer.errors import EXIT_USER_MISTAKE, UserError
 from trainer.evaluation import Evaluator
+from trainer.models.normalization import frame_mask
 from trainer.recipe import Wish
 
 SETS = Path(__file__).parents[1] / "../shared/data/music"
@@ -182,6 +186,36 @@ def test_padding_is_not_in_the_mean(midi: Path) -> None:
     assert found.metrics["frame_accuracy"].count == sum(a.count for a in accuracy)
     dummy = made.step(model, dataset.dummy())
     assert dummy.losses["nll"].count == float(dummy.losses["nll"].sum) == 0
+
+
+def test_a_roll_bears_noise_attacks_and_flips(midi: Path) -> None:
+    loaded = recipe.load("music/midi", arguments(midi))
+    model = loaded.build_model().eval()
+    initialise(model, 0)
+    perturbations.plain_weights(model)
+    judge = Judge(loaded, model, choose(loaded.build_dataset("test"), 3))
+    bounds = loaded.inputs()
+    clean = judge.score()
+    for kind in inputs.attacks(bounds):
+        scores = inputs.attack_curve(judge, bounds, kind, (0.0, 0.02, 0.1))
+        assert scores[0] == clean
+        assert scores[0]["loss"] < scores[1]["loss"] < scores[2]["loss"], kind
+    for kind in inputs.noises(bounds):
+        noisy = inputs.noisy(judge.batches[0], bounds, kind, 0.1, 0)
+        assert torch.equal(noisy["targets"], judge.batches[0]["targets"])  # what is to be predicted stays as it was
+        assert 0 <= float(noisy["inputs"].min()) <= float(noisy["inputs"].max()) <= 1
+    assert {"flips", "flips_worst"} <= {kind for kind, _ in curves_of(judge, 1)}
+    x, lengths = judge.batches[0]["inputs"], judge.batches[0]["lengths"]
+    constant, why = lipschitz.bound(model, x.shape[1])
+    assert not why
+    e = (
+        0.01
+        * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        * frame_mask(lengths, x.shape[1])[..., None]
+    )
+    with torch.no_grad():
+        moved = model(x + e, lengths) - model(x, lengths)
+    assert float((moved.flatten(1).norm(dim=1) / e.flatten(1).norm(dim=1)).max()) <= constant < torch.inf
 
 
 def test_outputs_start_at_the_frequencies_of_the_keys(midi: Path) -> None:

@@ -105,6 +105,8 @@ class Inputs:
     """Sizes are shares of each sample's root mean square, which in dB are signal-to-noise ratios."""
     frame: int = 1
     """Steps of T that are lost together where frames are dropped."""
+    binary: bool = False
+    """Zeros and ones: some are turned into the other, too."""
     overrides: tuple[str, ...] = ()
     """key=value that bring the entry into the batch, e.g. sound in place of features."""
 
@@ -273,8 +275,9 @@ class Recipe(Generic[C]):
 
 
 def known_recipes() -> list[str]:
-    """Names of the files in `recipes/`."""
-    return sorted(p.stem for p in (PROJECT / "recipes").glob("*.py") if not p.stem.startswith("_"))
+    """Names of the files in `recipes/` that end in `recipe = TheirTask`; others draw conclusions from such runs."""
+    files = (PROJECT / "recipes").glob("*.py")
+    return sorted(p.stem for p in files if "\nrecipe = " in p.read_text(encoding="utf-8"))
 
 
 def find_recipe(name: Any, origin: str) -> type[Recipe[Any]]:

@@ -8,9 +8,11 @@ stopped or killed goes on with what has none: a run that was half way goes on fr
       worker-0.log          what the workers said
       results.jsonl         a row a finished run
       table.md curves.png   means over seeds, and curves over steps
+      report.html           both in one file, with the tables and pictures of `conclusion`
 """
 
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -29,11 +31,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from trainer import config as configuration
 from trainer import keyed
-from trainer.config import Config, show
+from trainer.config import PROJECT, Config, show
 from trainer.errors import RequeueError, UserError
 from trainer.run import read_lines
 from trainer.signals import StopSignals, die_with_parent
@@ -109,12 +111,18 @@ class SweepConfig(Config):
     samples: PositiveInt = 20
     """Combinations drawn, where `random` is given."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    analyze: NonNegativeInt = 0
+    """So many samples of the test split are perturbed once a run is trained, as by `analyze`; 0: no analysis."""
+    conclusion: str | None = None
+    """A file in recipes/, without its ending, whose `conclude` makes tables and pictures of all finished runs."""
     workers: PositiveInt | None = None
     """Processes; null: one a core, or one a GPU."""
     runs_dir: Path = Path("runs")
 
     @model_validator(mode="after")
     def _complete(self) -> "SweepConfig":
+        if self.conclusion is not None and not (PROJECT / "recipes" / f"{self.conclusion}.py").is_file():
+            raise ValueError(f"conclusion = {self.conclusion!r}: there is no such file in recipes/")
         if self.grid and self.random:
             raise ValueError("grid and random are both given: leave one out")
         if self.config is None and any(v.config is None for v in [*self.variants.values()] or [VariantConfig()]):
@@ -135,6 +143,9 @@ class Point:
     overrides: tuple[str, ...]
     label: str = ""
     """Of the variant in the file."""
+    test: bool = False
+    """See `SweepConfig`; `analyze` too."""
+    analyze: int = 0
 
     def command(self) -> str:
         """The same run by hand."""
@@ -171,7 +182,8 @@ def points(sweep: SweepConfig, name: str) -> list[Point]:
             for seed in sweep.seeds:
                 more = (f"seed={seed}", f"runs_dir={sweep.runs_dir / name}", f"name={slug}-{digest}-s{seed}")
                 quiet = (f"tracking.group={name}", "tracking.tags=[sweep]")
-                found.append(Point(more[2][5:], line, seed, config, (*quiet, *overrides, *more), label))
+                every = (*quiet, *overrides, *more)
+                found.append(Point(more[2][5:], line, seed, config, every, label, sweep.test, sweep.analyze))
     return found
 
 
@@ -189,15 +201,15 @@ def result_of(sweep: SweepConfig, name: str, point: Point) -> dict[str, Any] | N
     path = sweep.runs_dir / name / point.name / RESULT
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
     except (OSError, ValueError):
         return None
+    return None if point.analyze and "analysis" not in found else found
 
 
 # Workers
 
 
-def work(number: int, folder: str, threads: int, parent: int, pipe: Connection, test: bool) -> None:
+def work(number: int, folder: str, threads: int, parent: int, pipe: Connection) -> None:
     """A worker process: runs what comes through the pipe until it is closed or a signal asks to stop."""
     die_with_parent(parent)
     log = os.open(f"{folder}/worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -224,7 +236,7 @@ def work(number: int, folder: str, threads: int, parent: int, pipe: Connection, 
             try:
                 answer: tuple[str, Any] = (
                     "done",
-                    _probe(point, ranks) if probe else _train(point, ranks, signals, test),
+                    _probe(point, ranks) if probe else _train(point, ranks, signals),
                 )
             except RequeueError:
                 answer = ("stopped", None)
@@ -239,7 +251,7 @@ def work(number: int, folder: str, threads: int, parent: int, pipe: Connection, 
         distributed.stop()
 
 
-def _train(point: Point, ranks: Any, signals: StopSignals, test: bool) -> dict[str, Any]:
+def _train(point: Point, ranks: Any, signals: StopSignals) -> dict[str, Any]:
     """Run a point to its end; the row of its result, which lies in its folder then."""
     from trainer import checkpoint, recipe
     from trainer.engine import Training
@@ -248,7 +260,7 @@ def _train(point: Point, ranks: Any, signals: StopSignals, test: bool) -> dict[s
     training = Training(recipe.load(point.config, point.overrides), ranks, signals)
     values = training.fit()
     tested = {}
-    if test:
+    if point.test:
         best = checkpoint.best(training.run.checkpoints)
         tested = Evaluator(training.recipe, "test", ranks).run(best.weights()).values
     row = {
@@ -267,11 +279,28 @@ def _train(point: Point, ranks: Any, signals: StopSignals, test: bool) -> dict[s
         "test": tested,
         "command": point.command(),
     }
+    if point.analyze:
+        row["analysis"] = _analysis(training, point.analyze)
     path = training.run.path / RESULT
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(row), encoding="utf-8")
     temporary.replace(path)
     return row
+
+
+def _analysis(training: Any, samples: int) -> dict[str, Any]:
+    """Of a trained run's analysis what runs are compared by; a curve is the mean over its draws."""
+    from trainer.analysis.run import analyze
+    from trainer.analysis.study import Options
+
+    began = time.perf_counter()
+    found = analyze(training.run, training.recipe, "test", Options(samples=samples), lambda what, done, total: None)
+    curves = {
+        kind: [None if None in column else statistics.fmean(column) for column in zip(*curve["monitor"], strict=True)]
+        for kind, curve in found["curves"].items()
+    }
+    seconds = time.perf_counter() - began
+    return {"summary": found["summary"], "sizes": found["sizes"], "curves": curves, "seconds": seconds}
 
 
 def _probe(point: Point, ranks: Any) -> float:
@@ -297,18 +326,17 @@ class Workers:
     Args:
         count: of them.
         folder: of the sweep.
-        test: see `SweepConfig`.
     """
 
-    def __init__(self, count: int, folder: Path, test: bool = False) -> None:
-        self.folder, self.count, self.test = folder, count, test
+    def __init__(self, count: int, folder: Path) -> None:
+        self.folder, self.count = folder, count
         self._context = get_context("spawn")
         self._threads = max(1, len(os.sched_getaffinity(0)) // count)
         self._running: dict[int, tuple[Any, Connection]] = {}
 
     def _start(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
-        arguments = (number, str(self.folder), self._threads, os.getpid(), theirs, self.test)
+        arguments = (number, str(self.folder), self._threads, os.getpid(), theirs)
         process = self._context.Process(target=work, args=arguments)  # not a daemon: a run has loaders
         process.start()
         theirs.close()
@@ -388,7 +416,7 @@ def run(sweep: SweepConfig, name: str, say: Callable[[str], None]) -> list[dict[
     done = {point.name: row for point in every if (row := result_of(sweep, name, point)) is not None}
     todo = [point for point in every if point.name not in done]
     failures: list[str] = []
-    workers = Workers(min(sweep.workers or default_workers(), max(1, len(todo))), folder, sweep.test)
+    workers = Workers(min(sweep.workers or default_workers(), max(1, len(todo))), folder)
     try:
         with StopSignals() as signals:
             say(f"{len(every)} runs, {len(done)} finished, {workers.count} at a time")
@@ -427,13 +455,15 @@ def default_workers() -> int:
 def _estimate(todo: list[Point], rows: list[dict[str, Any]], workers: Workers, signals: StopSignals) -> str:
     """How long it will take, by the runs that are finished, or else by some steps of a few."""
     if rows:
-        each, basis = statistics.fmean(row["seconds"] for row in rows), f"as the {len(rows)} finished ones"
+        spent = [row["seconds"] + row.get("analysis", {}).get("seconds", 0.0) for row in rows]
+        each, basis = statistics.fmean(spent), f"as the {len(rows)} finished ones"
     else:
         few = todo[:: -(-len(todo) // PROBED)]
         seconds = [answer for _, how, answer in workers.each(few, signals, probe=True) if how == "done"]
         if not seconds:
             return "no estimate: none of the runs that were tried for some steps could start"
-        each, basis = statistics.fmean(seconds), f"{PROBE_STEPS} steps of {len(seconds)} runs, validation apart"
+        apart = "validation and analysis" if todo[0].analyze else "validation"
+        each, basis = statistics.fmean(seconds), f"{PROBE_STEPS} steps of {len(seconds)} runs, {apart} apart"
     return f"about {each * len(todo) / workers.count / 60:.1f} min, by {basis}"
 
 
@@ -443,28 +473,29 @@ def _estimate(todo: list[Point], rows: list[dict[str, Any]], workers: Workers, s
 def table(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A line a variant: mean and spread over the seeds, and the difference from the first variant, paired by seed.
 
-    Where there are several configurations, a variant is compared with the first one of its own.
+    A variant is compared with the first one of its own configuration.
     """
     by_variant: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         by_variant.setdefault(row["variant"], {})[row["seed"]] = row
-    several = not isinstance(sweep.config, str | None)
-    if several:  # what is compared stands together
+    if not isinstance(sweep.config, str | None):  # what is compared stands together
         by_variant = dict(sorted(by_variant.items(), key=lambda item: next(iter(item[1].values()))["config"]))
     firsts: dict[str, dict[int, Mapping[str, Any]]] = {}
     lines, chosen = [], _chosen(sweep, by_variant)
     papers = any(v.paper for v in sweep.variants.values())
+    monitors = {row["monitor"] for row in rows}
     for variant, runs in by_variant.items():
         last = next(iter(runs.values()))
-        first = firsts.setdefault(last["config"] if several else "", runs)
+        first = firsts.setdefault(last["config"], runs)
         line = {"": f"{variant} *" if variant in chosen else variant}
-        columns = {f"best {last['monitor']}": _best}
+        of, unit = ("", f" {last['monitor']}") if len(monitors) > 1 else (f" {last['monitor']}", "")
+        columns = {f"best{of}": _best}
         if sweep.test:
-            columns[f"test {last['monitor']}"] = _tested
+            columns[f"test{of}"] = _tested
         for name, value in columns.items():
             values = [value(row) for row in runs.values()]
             spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            line[name] = f"{statistics.fmean(values):.4g}{spread}"
+            line[name] = f"{statistics.fmean(values):.4g}{spread}{unit}"
         compared = _tested if sweep.test else _best
         pairs = [compared(runs[seed]) - compared(first[seed]) for seed in runs if seed in first]
         line["against the first, 95 % (p)"] = "" if runs is first or not pairs else _difference(pairs)
@@ -478,6 +509,21 @@ def table(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
         line["seeds"] = ", ".join(map(str, runs))
         lines.append(line)
     return lines
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a file in recipes/ makes of finished runs."""
+
+    tables: dict[str, list[dict[str, str]]]
+    """Lines of equal keys, by heading."""
+    pictures: list[Path]
+
+
+def conclude(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> Conclusion:
+    """What `conclude` of recipes/NAME.py says of finished runs; its pictures go into the folder."""
+    found: Conclusion = importlib.import_module(f"recipes.{name}").conclude(rows, folder)
+    return found
 
 
 def _best(row: Mapping[str, Any]) -> float:

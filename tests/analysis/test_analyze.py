@@ -27,6 +27,7 @@ def test_a_run_is_analysed_and_its_report_shows_it(tmp_path: Path, monkeypatch: 
     values = json.loads((folder / "analysis.json").read_text())
     assert set(values["recurrences"]["rnn.layers.0.0"]["gates"]) == {"reset", "update", "new"}
     assert values["curves"]["pgd_l2"]["monitor"][0][0] == values["summary"]["clean"]
+    assert 0.5 < values["summary"]["nonnormality_at_start"] < 0.9  # a random matrix is far from normal
     assert len(list(folder.glob("*.png"))) == 4
     assert "Recurrence and robustness" in (tmp_path / "runs/run/report.html").read_text()
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.data.test_generated import write_set
 from trainer import recipe
+from trainer.analysis import inputs as disturbed
 from trainer.analysis import jacobian, lipschitz, perturbations
 from trainer.analysis.perturbations import Judge
 from trainer.analysis.recurrences import logged, recurrences
@@ -65,7 +66,7 @@ def test_size_zero_changes_nothing_and_a_larger_attack_never_helps(kind: str, tm
     inputs = judged.recipe.inputs()
     clean = judged.score()
     for attack in ("pgd_largest", "pgd_l2", "fgsm"):
-        scores = perturbations.attack_curve(judged, inputs, attack, SIZES)
+        scores = disturbed.attack_curve(judged, inputs, attack, SIZES)
         assert scores[0] == clean
         losses = [score["loss"] for score in scores]
         assert losses == sorted(losses), attack
@@ -81,31 +82,13 @@ def test_size_zero_changes_nothing_and_a_larger_attack_never_helps(kind: str, tm
     assert random[-1]["loss"] < weights[-1]["loss"]
     assert judged.score() == clean  # all is as it was
     assert {name for name, _ in curves_of(judged, 1)} == {
-        *perturbations.NOISES,
-        *perturbations.ATTACKS,
+        *disturbed.NOISES,
+        *disturbed.ATTACKS,
         "weights",
         "weights_worst",
         "state",
         "state_worst",
     }
-
-
-def test_noise_has_its_size_stays_inside_and_follows_its_seed(tmp_path: Path) -> None:
-    judged = judge(tmp_path, "model.cell.activation=tanh")
-    batch, inputs = judged.batches[0], judged.recipe.inputs()
-    for kind in perturbations.NOISES:
-        assert perturbations.noisy(batch, inputs, kind, 0.0, 0) is batch
-        one, same, other = (perturbations.noisy(batch, inputs, kind, 0.2, seed)["inputs"] for seed in (0, 0, 1))
-        assert torch.equal(one, same)
-        assert 0 <= float(one.min()) <= float(one.max()) <= 1
-        assert kind == "clip" or not torch.equal(one, other)
-    free = recipe.Inputs("inputs", relative=True)
-    sound = {"keys": ["a"], "valid": torch.ones(1, dtype=torch.bool), "inputs": torch.randn(1, 9000)}
-    sound["lengths"] = torch.tensor([8000])
-    noise = perturbations.noisy(sound, free, "gaussian", 0.1, 0)["inputs"] - sound["inputs"]
-    assert not noise[0, 8000:].any()
-    snr_db = 10 * torch.log10(sound["inputs"][0, :8000].square().mean() / noise[0, :8000].square().mean())
-    assert float(snr_db) == pytest.approx(20.0, abs=0.3)
 
 
 def test_no_attack_passes_the_lipschitz_bound(tmp_path: Path) -> None:
@@ -118,7 +101,7 @@ def test_no_attack_passes_the_lipschitz_bound(tmp_path: Path) -> None:
     moved = judged.model(x + 0.01) - judged.model(x)
     assert float((moved.norm(dim=-1) / (0.01 * x[0].numel() ** 0.5)).max()) <= constant
     certified = lipschitz.certified_errors(judged, inputs, SIZES)
-    attacked = perturbations.attack_curve(judged, inputs, "pgd_l2", SIZES)
+    attacked = disturbed.attack_curve(judged, inputs, "pgd_l2", SIZES)
     assert certified[0] == attacked[0]["monitor"]
     assert all(bound >= score["monitor"] for bound, score in zip(certified, attacked, strict=True))
 

@@ -112,6 +112,22 @@ def pictures(folder: Path, split: str = "train", **options) -> ImagesDataset:
     return ImagesDataset(config, split, SIZES, 0)
 
 
+def test_rows_of_a_picture_are_frames_in_the_order_of_its_pixels(tmp_path: Path) -> None:
+    arrays = write_set(tmp_path / "set", packed=True)
+    rows = pictures(tmp_path / "set", pixels_per_frame=3)
+    got = rows.tensors(np.array([2, 0]))["inputs"]
+    assert got.shape == (2, 4, 3)
+    np.testing.assert_array_equal((got * 255).round().numpy().astype(np.uint8), arrays["x_train"][[2, 0]])
+    assert rows.plan.frames == 4
+    whole = pictures(tmp_path / "set", permutation=1).tensors(np.array([1]))["inputs"]
+    assert torch.equal(
+        whole.flatten(),
+        pictures(tmp_path / "set", permutation=1, pixels_per_frame=6).tensors(np.array([1]))["inputs"].flatten(),
+    )
+    with pytest.raises(UserError, match=r"data.pixels_per_frame = 5: does not divide the 12 pixels(.|\n)*take 1, or 3"):
+        pictures(tmp_path / "set", pixels_per_frame=5)
+
+
 @pytest.mark.parametrize("layout", ["packed", "unpacked", "torchvision", "npz"])
 def test_pictures_are_found_in_each_layout(tmp_path: Path, layout: str) -> None:
     folder = tmp_path / "set"

@@ -19,6 +19,7 @@ from trainer.analysis.perturbations import Judge
 from trainer.models.cells import ElmanConfig
 from trainer.models.readout import Readout
 from trainer.models.recurrence import RecurrentLayer
+from trainer.models.rnn import RNN
 from trainer.recipe import Inputs
 
 
@@ -34,21 +35,29 @@ def gain(layer: RecurrentLayer, num_frames: int, last: bool) -> float:
 @torch.no_grad()
 def bound(model: nn.Module, num_frames: int) -> tuple[float, str]:
     """Lipschitz constant from input to output in the 2-norm, or infinity and why there is no cheap one."""
-    if not isinstance(model, Readout):
+    rnn, output = getattr(model, "rnn", None), getattr(model, "output", None)
+    if not isinstance(rnn, RNN) or not isinstance(output, nn.Linear) or _others(model):
         return math.inf, "only a recurrent stack with a linear readout of its input has a cheap bound"
-    config = model.rnn.config
+    config = rnn.config
     if not isinstance(config.cell, ElmanConfig):
         return math.inf, f"the gates of {config.cell.name} multiply: no product of norms bounds them"
     if config.norm != "none" or config.directions != "forward":
         return math.inf, f"norm = {config.norm}, directions = {config.directions}: wanted none and forward"
-    layers = list(model.rnn.recurrent_layers())
+    if config.regularizers.fast_dropout is not None:
+        return math.inf, "fast dropout carries means and variances on, which no product of norms bounds"
+    layers = list(rnn.recurrent_layers())
     if config.cell.activation == "modrelu" and any(bool((layer.bias_hh > 0).any()) for layer in layers):
         return math.inf, "modReLU with a positive b jumps at 0: it has no Lipschitz constant"
-    product = float(torch.linalg.matrix_norm(model.output.weight.double(), 2))
+    product = float(torch.linalg.matrix_norm(output.weight.double(), 2))
     for i, layer in enumerate(layers):
         skipped = config.residual and layer.weight_ih.shape[1] == config.output_size
-        product *= gain(layer, num_frames, model.last and i == len(layers) - 1) + skipped
+        product *= gain(layer, num_frames, getattr(model, "last", False) and i == len(layers) - 1) + skipped
     return product, ""
+
+
+def _others(model: nn.Module) -> bool:
+    """Whether a model has weights beside those of its `rnn` and its `output`."""
+    return any(name.split(".")[0] not in ("rnn", "output") for name, _ in model.named_parameters())
 
 
 @torch.no_grad()

@@ -1,17 +1,14 @@
-"""Noise and attacks of a size on inputs, recurrent matrices and initial states, and what the task's metric becomes.
+"""Noise and attacks of a size on recurrent matrices and initial states, and what the task's metric becomes; inputs are
+in `trainer.analysis.inputs`.
 
-Sizes are per number, so that long and short samples bear the same: of noise and of attacks in the 2-norm it is the root
-mean square of what is added, of those in the largest norm its largest value. Where a recipe says so (sound) they are
-shares of each sample's own root mean square r: a size s is a signal-to-noise ratio of -20 log10 s dB. What is added to
-a recurrent matrix has s as its spectral norm: such matrices make up the s-pseudo-spectrum. A start other than zeros has
-the root mean square s.
+What is added to a recurrent matrix has the size as its spectral norm: such matrices make up the pseudo-spectrum of that
+epsilon. A start other than zeros has it as its root mean square.
 
 Size 0 changes nothing, bit for bit. What is drawn depends on (seed, kind, sample) and not on the size, so a curve over
 sizes follows the same directions outwards; an attack of a larger size begins with the best one of the size before and
 returns the best it has met, so its loss never falls.
 
-Sources: Goodfellow, Shlens & Szegedy 2015, arXiv:1412.6572 (FGSM); Madry et al. 2018, arXiv:1706.06083 (PGD); Trefethen
-& Embree 2005, chapter 2 (perturbed matrices).
+Sources: Madry et al. 2018, arXiv:1706.06083 (PGD); Trefethen & Embree 2005, chapter 2 (perturbed matrices).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +25,8 @@ from trainer.analysis.jacobian import state_size
 from trainer.analysis.recurrences import recurrences
 from trainer.data.dataset import Batch
 from trainer.metrics import Mean, add
-from trainer.models.normalization import frame_mask
 from trainer.models.recurrence import Layer, run
-from trainer.recipe import Inputs, Recipe
+from trainer.recipe import Recipe
 
 STEPS = 8
 """Of an attack at each size; each is 2.5 / STEPS of it long, as Madry et al. have it."""
@@ -86,7 +82,7 @@ class Judge:
 # Balls
 
 
-def _rms(x: Tensor, mask: Tensor) -> Tensor:
+def rms(x: Tensor, mask: Tensor) -> Tensor:
     """Root mean square of each sample: (B, 1, ...)."""
     squared, count = ((v.flatten(1).sum(1)) for v in ((x * mask).square(), mask))
     return (squared / count.clamp_min(1.0)).sqrt().view(-1, *[1] * (x.ndim - 1))
@@ -97,7 +93,7 @@ def steepest(gradient: Tensor, norm: Norm, mask: Tensor) -> Tensor:
     if norm == "largest":
         return gradient.sign() * mask
     if norm == "l2":
-        return gradient * mask / _rms(gradient, mask).clamp_min(1e-30)
+        return gradient * mask / rms(gradient, mask).clamp_min(1e-30)
     u, _, v = torch.linalg.svd(gradient, full_matrices=False)
     return u @ v
 
@@ -107,7 +103,7 @@ def project(delta: Tensor, norm: Norm, mask: Tensor, size: Tensor | float) -> Te
     if norm == "largest":
         return torch.minimum(torch.maximum(delta * mask, -size * mask), size * mask)
     if norm == "l2":
-        return delta * mask * (size / _rms(delta, mask).clamp_min(1e-30)).clamp_max(1.0)
+        return delta * mask * (size / rms(delta, mask).clamp_min(1e-30)).clamp_max(1.0)
     u, s, v = torch.linalg.svd(delta, full_matrices=False)
     return (u * s.clamp_max(float(size)).unsqueeze(-2)) @ v
 
@@ -119,6 +115,7 @@ def ascend(
     mask: Tensor,
     size: Tensor | float,
     num_steps: int = STEPS,
+    inside: Callable[[Tensor], Tensor] = lambda delta: delta,
 ) -> Tensor:
     """Projected gradient ascent; the best perturbation that was met.
 
@@ -127,6 +124,7 @@ def ascend(
         first: where it begins, within the ball.
         mask: 1 where something may be added.
         size: radius of the ball.
+        inside: keeps a perturbation within bounds of other kinds, which hold 0.
     """
 
     def look(delta: Tensor) -> tuple[float, Tensor]:
@@ -140,29 +138,11 @@ def ascend(
     best, gradient = look(delta)
     for _ in range(num_steps):
         step = steepest(gradient, norm, mask) * (2.5 / num_steps)
-        delta = project(delta + step * size, norm, mask, size).detach()
+        delta = project(inside(delta + step * size), norm, mask, size).detach()
         value, gradient = look(delta)
         if value > best:
             best, kept = value, delta
     return kept.detach()
-
-
-# Inputs
-
-
-def mask_of(batch: Batch, inputs: Inputs) -> Tensor:
-    """1.0 on the numbers that are real, in the shape of the entry."""
-    x: Tensor = batch[inputs.name]
-    real = batch["valid"].view(-1, 1).expand(-1, x.shape[1])
-    if "lengths" in batch:
-        real = real & frame_mask(batch["lengths"], x.shape[1])
-    return real.reshape(*real.shape, *[1] * (x.ndim - 2)).expand_as(x).to(x.dtype)
-
-
-def scale_of(batch: Batch, inputs: Inputs) -> Tensor:
-    """What a size is a multiple of, for each sample: (B, 1, ...)."""
-    x: Tensor = batch[inputs.name]
-    return _rms(x, mask_of(batch, inputs)) if inputs.relative else x.new_ones(len(x), *[1] * (x.ndim - 1))
 
 
 def drawn(batch: Batch, shape: Sequence[int], kind: str, seed: int, normal: bool = True) -> Tensor:
@@ -173,75 +153,6 @@ def drawn(batch: Batch, shape: Sequence[int], kind: str, seed: int, normal: bool
         row = torch.empty(*shape)
         rows.append(row.normal_(generator=generator) if normal else row.uniform_(generator=generator))
     return torch.stack(rows)
-
-
-NOISES = ("gaussian", "uniform", "drop", "clip")
-ATTACKS: dict[str, tuple[Norm, int]] = {
-    "fgsm": ("largest", 0),
-    "pgd_largest": ("largest", STEPS),
-    "pgd_l2": ("l2", STEPS),
-}
-"""Norm, and the number of steps; 0: one step of the whole size (Goodfellow et al. 2015)."""
-
-
-def noisy(batch: Batch, inputs: Inputs, kind: str, size: float, seed: int) -> Batch:
-    """A batch with noise in it.
-
-    Args:
-        kind: gaussian; uniform within +- size; drop, that share of the frames set to 0; clip, to 1 - size of each
-            sample's largest absolute value.
-    """
-    if not size:
-        return batch
-    x: Tensor = batch[inputs.name]
-    mask = mask_of(batch, inputs)
-    if kind == "drop":
-        frames = -(-x.shape[1] // inputs.frame)
-        kept = drawn(batch, (frames,), kind, seed, normal=False) >= size
-        kept = kept.repeat_interleave(inputs.frame, 1)[:, : x.shape[1]]
-        return batch | {inputs.name: x * kept.view(*kept.shape, *[1] * (x.ndim - 2))}
-    if kind == "clip":
-        top = (x * mask).flatten(1).abs().amax(1).view(-1, *[1] * (x.ndim - 1)) * (1 - size)
-        return batch | {inputs.name: torch.where(mask > 0, torch.minimum(torch.maximum(x, -top), top), x)}
-    added = drawn(batch, x.shape[1:], kind, seed, normal=kind == "gaussian")
-    added = added if kind == "gaussian" else 2 * added - 1
-    return batch | {inputs.name: _within(x, added * scale_of(batch, inputs) * size, mask, inputs)}
-
-
-def _within(x: Tensor, delta: Tensor, mask: Tensor, inputs: Inputs) -> Tensor:
-    """x + delta inside the bounds, where the mask is."""
-    return torch.where(mask > 0, (x + delta).clamp(inputs.low, inputs.high), x)
-
-
-def noise_curve(judge: Judge, inputs: Inputs, kind: str, sizes: Sequence[float], seed: int) -> list[Score]:
-    """The score at each size."""
-    return [judge.score([noisy(batch, inputs, kind, size, seed) for batch in judge.batches]) for size in sizes]
-
-
-def attack_curve(judge: Judge, inputs: Inputs, kind: str, sizes: Sequence[float]) -> list[Score]:
-    """The score at each size, rising, of batches that were changed so that their loss rises most."""
-    norm, num_steps = ATTACKS[kind]
-    found = []
-    masks = [mask_of(batch, inputs) for batch in judge.batches]
-    scales = [scale_of(batch, inputs) for batch in judge.batches]
-    deltas = [torch.zeros_like(mask) for mask in masks]
-    for size in sizes:
-        attacked = []
-        for b, (batch, mask, scale) in enumerate(zip(judge.batches, masks, scales, strict=True)):
-            x = batch[inputs.name]
-
-            def loss_of(delta: Tensor, batch: Batch = batch, x: Tensor = x, mask: Tensor = mask) -> Tensor:
-                return judge.loss(batch | {inputs.name: _within(x, delta, mask, inputs)})
-
-            if size and num_steps:
-                deltas[b] = ascend(loss_of, deltas[b], norm, mask, size * scale, num_steps)
-            elif size:
-                zero = torch.zeros_like(x).requires_grad_()
-                (gradient,) = torch.autograd.grad(loss_of(zero), zero)
-                deltas[b] = steepest(gradient, norm, mask) * size * scale
-            attacked.append(batch | {inputs.name: _within(x, deltas[b], mask, inputs)} if size else batch)
-        found.append(judge.score(attacked))
-    return found
 
 
 # Recurrent matrices
@@ -365,7 +276,7 @@ def state_curve(judge: Judge, sizes: Sequence[float], seed: int, attack: bool) -
     layers = dict(recurrences(judge.model))
     widths = [state_size(layer) for layer in layers.values()]
     units = [drawn(batch, (sum(widths),), "state", seed) for batch in judge.batches]
-    units = [e / _rms(e, torch.ones_like(e)) for e in units]
+    units = [e / rms(e, torch.ones_like(e)) for e in units]
     deltas = [torch.zeros_like(e) for e in units]
 
     def starting(delta: Tensor) -> AbstractContextManager[None]:

@@ -14,8 +14,8 @@ from trainer.analysis.pseudospectrum import Grid
 from trainer.analysis.study import Study
 from trainer.plots import BLUE, GREEN, ORANGE
 
-PURPLE = "#aa4499"
-COLORS = (BLUE, ORANGE, GREEN, PURPLE)
+PURPLE, GOLD = "#aa4499", "#e69f00"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, GOLD)
 LEVELS = np.arange(-3.0, 0.01, 0.5)
 """log10 of epsilon of the contours."""
 LABELS = {
@@ -23,9 +23,11 @@ LABELS = {
     "uniform": "uniform",
     "drop": "frames dropped",
     "clip": "clipped",
+    "flips": "zeros and ones flipped",
     "fgsm": "FGSM, largest norm",
     "pgd_largest": "PGD, largest norm",
     "pgd_l2": "PGD, 2-norm",
+    "flips_worst": "worst zeros and ones flipped",
     "weights": "random",
     "weights_worst": "worst found",
     "state": "random",
@@ -41,8 +43,8 @@ NAMES = {
     "state_worst": "worst initial state",
 }
 PANELS = (
-    ("noise on the input", ("gaussian", "uniform", "drop", "clip")),
-    ("attacks on the input", ("fgsm", "pgd_largest", "pgd_l2")),
+    ("noise on the input", ("gaussian", "uniform", "drop", "clip", "flips")),
+    ("attacks on the input", ("fgsm", "pgd_largest", "pgd_l2", "flips_worst")),
     ("recurrent matrices W + E", ("weights", "weights_worst")),
     ("initial state", ("state", "state_worst")),
 )
@@ -218,7 +220,7 @@ def curves(values: dict[str, Any]) -> Figure:
         if "attacks" in title and values.get("certified"):
             curve(axes, sizes, [values["certified"]], "grey", "certified bound, 2-norm", "--")
         unit = "size of E, spectral norm" if "W" in title else "size, root mean square a number"
-        unit = "size, a share (drop, clip) or a number's deviation" if title.startswith("noise") else unit
+        unit = "size, a share (drop, clip, flip) or a number's deviation" if title.startswith("noise") else unit
         if on_input and values["relative"]:
             unit = "size, a share of the sample's root mean square"
         size_axis(axes, sizes, unit)

@@ -28,6 +28,9 @@ TOGETHER = 512
 """Points that go side by side: what fits a core's cache."""
 MAX_STEPS = 200
 """Of Lanczos; a handful is enough near the spectrum, and far from it, where singular values lie close, a hundred."""
+FEW, DIRECT_SIZE = 4, 256
+"""So few points of so small a matrix are decomposed directly: a search asks for one after the other, and a step of
+Lanczos's method in Python takes as long for one as for a hundred."""
 CONTOUR = 1e-3
 """Tolerance of a grid: a hundredth of the distance between contours that anyone can tell apart."""
 NORMAL = 1e-6
@@ -73,6 +76,9 @@ class Resolvent:
             part = slice(first, first + TOGETHER)
             if self.normal:
                 found[part] = np.abs(flat[part][:, None] - self.eigenvalues).min(1)
+            elif z.size <= FEW and self.size <= DIRECT_SIZE:
+                shifted = z.reshape(-1, 1, 1) * np.eye(self.size) - self._upper
+                found[part] = np.linalg.svd(shifted, compute_uv=False)[:, -1]
             else:
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                     found[part] = self._lanczos(flat[part], tolerance)

@@ -76,6 +76,15 @@ def gradients(model: nn.Module, norms: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+def largest(numbers: dict[str, float]) -> dict[str, float]:
+    """Of what `logged` gives, the largest of all recurrences: norm, radius, nonnormality."""
+    found: dict[str, float] = {}
+    for name, value in numbers.items():
+        of = name.split("/")[0]
+        found[of] = max(found.get(of, value), value)
+    return found
+
+
 def study(a: Matrix, num_points: int, num_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """All numbers of one matrix, and the arrays that pictures are drawn from.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer import checkpoint
 from trainer import config as configuration
-from trainer.analysis import pictures
+from trainer.analysis import pictures, recurrences
 from trainer.analysis.recurrences import EPSILONS
 from trainer.analysis.study import Options, Progress, Study, study
 from trainer.plots import picture
@@ -30,9 +30,13 @@ def analyze(
     Raises:
         UserError: there is no checkpoint, or it is of another model or other data.
     """
+    from trainer.engine import initialise
+
     recipe = perturbable(recipe)
     best = checkpoint.best(run.checkpoints)
     model = recipe.build_model()
+    initialise(model, recipe.config.seed)  # as the run began
+    start = {} if recipe.config.init_from else recurrences.largest(recurrences.logged(model))
     best.check_shapes(checkpoint.shapes_of(model))
     identity = recipe.build_dataset(split).identity
     best.check_data({"train": {k: v for k, v in identity.items() if k != "samples"}})
@@ -40,6 +44,7 @@ def analyze(
     found = study(recipe, model, split, options, progress)
     position = best.state["position"]
     values = {"step": position["step"], "epoch": position["epoch"], **found.values}
+    values["summary"] |= {f"{name}_at_start": value for name, value in start.items()}
     _keep(run, values, found)
     _track(run, recipe, values)
     return values

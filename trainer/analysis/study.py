@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from trainer import keyed
+from trainer.analysis import inputs as input_changes
 from trainer.analysis import jacobian, lipschitz, perturbations, pseudospectrum, recurrences
-from trainer.analysis.perturbations import ATTACKS, NOISES, Judge, Score
+from trainer.analysis.perturbations import Judge, Score
 from trainer.data.dataset import Batch, Dataset
 from trainer.models.recurrence import RecurrentLayer
 from trainer.recipe import Recipe, Split
 
 SIZES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Of all perturbations; see `trainer.analysis.perturbations` for what they are sizes of."""
+"""Of all perturbations; see `trainer.analysis.inputs` and `perturbations` for what they are sizes of."""
 COMPARED = 0.1
 """The size at which a summary compares."""
 Progress = Callable[[str, int, int], None]
@@ -139,11 +140,11 @@ def curves_of(judge: Judge, seeds: int) -> list[tuple[str, Callable[[], list[Sco
     if not judge.batches:
         return work
     if (inputs := judge.recipe.inputs()) is not None:
-        for kind in NOISES:
+        for kind in input_changes.noises(inputs):
             for seed in range(seeds):
-                work.append((kind, _bound(perturbations.noise_curve, judge, inputs, kind, SIZES, seed)))
-        for kind in ATTACKS:
-            work.append((kind, _bound(perturbations.attack_curve, judge, inputs, kind, SIZES)))
+                work.append((kind, _bound(input_changes.noise_curve, judge, inputs, kind, SIZES, seed)))
+        for kind in input_changes.attacks(inputs):
+            work.append((kind, _bound(input_changes.attack_curve, judge, inputs, kind, SIZES)))
     for seed in range(seeds):
         work.append(("weights", _bound(perturbations.weight_noise_curve, judge, SIZES, seed)))
         work.append(("state", _bound(perturbations.state_curve, judge, SIZES, seed, False)))

@@ -90,6 +90,8 @@ class ImagesConfig(Config):
     path: Free[Path] = Path("data/fashion_mnist")
     """Folder for what is fetched."""
     corpus: Annotated[FashionMnistConfig | MnistConfig, Field(discriminator="kind")] = FashionMnistConfig()
+    pixels_per_frame: PositiveInt = 1
+    """Pixels that are read at a time; as many as a picture has columns: a row a frame."""
     permutation: int | None = Field(None, ge=0, lt=2**32)
     """Null: line by line. A number: all pixels in one random order, the same for every picture; 92916 is that of the
     papers on permuted MNIST that follow Helfrich et al. 2018."""
@@ -98,7 +100,7 @@ class ImagesConfig(Config):
 
 
 class ImagesDataset(GeneratedDataset):
-    """Batches with `inputs` (B, T, 1) from 0 to 1, a pixel a frame, and `targets` (B,) int64 classes."""
+    """Batches with `inputs` (B, T, D) from 0 to 1, D pixels a frame, and `targets` (B,) int64 classes."""
 
     def __init__(self, config: ImagesConfig, split: Split, plan: GeneratedConfig, seed: int) -> None:
         folder = config.corpus.source(config.path)
@@ -112,20 +114,25 @@ class ImagesDataset(GeneratedDataset):
                 )
             images, labels = (x[:cut] if split == "train" else x[cut:] for x in (images, labels))
         self.images, self.labels = images, labels
-        frames = math.prod(images.shape[1:])
-        self.order = np.arange(frames)
+        pixels, self.size = math.prod(images.shape[1:]), config.pixels_per_frame
+        if pixels % self.size:
+            raise UserError(
+                f"data.pixels_per_frame = {self.size}: does not divide the {pixels} pixels of a picture of "
+                f"{show(folder)}; take 1, or {images.shape[2]} for a row a frame"
+            )
+        self.order = np.arange(pixels)
         if config.permutation is not None:  # numpy keeps this generator as it is: the papers' order
-            self.order = np.random.RandomState(config.permutation).permutation(frames)
+            self.order = np.random.RandomState(config.permutation).permutation(pixels)
         checksum = zlib.crc32(labels.tobytes(), zlib.crc32(images.tobytes()))
         super().__init__(
-            GeneratedPlan(plan, len(images), frames, seed, shuffle=split == "train"),
+            GeneratedPlan(plan, len(images), pixels // self.size, seed, shuffle=split == "train"),
             f"pictures {checksum:08x}, permutation {config.permutation}",
         )
 
     def tensors(self, samples: NDArray[np.int64]) -> dict[str, Tensor]:
-        pixels = self.images[samples].reshape(len(samples), -1)[:, self.order, None]
+        pixels = self.images[samples].reshape(len(samples), -1)[:, self.order]
         return {
-            "inputs": torch.from_numpy(pixels.astype(np.float32) / 255),
+            "inputs": torch.from_numpy(pixels.astype(np.float32) / 255).unflatten(1, (-1, self.size)),
             "targets": torch.from_numpy(self.labels[samples].astype(np.int64)),
         }
 

@@ -1,6 +1,7 @@
 """A paper's table: their figure, ours, parameters, minutes, command and seeds, with curves beside the line of chance.
 
     ./launch.sh reproduce memory
+    ./launch.sh reproduce robustness
 
 It is the sweep of configs/sweeps/TABLE.yaml, whose variants name what papers report: it goes on where it was stopped.
 """

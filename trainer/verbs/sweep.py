@@ -10,14 +10,19 @@ FILE names a CONFIG and what varies:
     random: {optimizer.lr: {low: 1e-4, high: 1e-2, log: true}}
     variants: {orthogonal: {}, lstm: {overrides: [model.cell.kind=lstm]}}
     seeds: [0, 1, 2]
+    analyze: 200                                  # samples on which `analyze` perturbs each trained net
+    conclusion: robustness                        # recipes/robustness.py makes more tables and pictures of all runs
 
 Each run is a run directory below runs/NAME, where NAME is that of the file. A table (means over seeds, the paired
-difference from the first line with the p-value of a sign-flip test) and a picture lie there too. Exit codes as in
-train.
+difference from the first line with the p-value of a sign-flip test), a picture and a report with both lie there too.
+Exit codes as in train.
 """
 
 import argparse
 from pathlib import Path
+
+WIDEST = 9
+"""Columns of a table that a console can show; wider ones are in the files alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +43,7 @@ def sweep(path: Path, workers: int | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer import plots
+    from trainer import plots, sweep_report
     from trainer import sweep as sweeps
     from trainer.config import show
     from trainer.errors import UserError
@@ -54,20 +59,31 @@ def sweep(path: Path, workers: int | None = None) -> int:
         if not (config.runs_dir / name / "results.jsonl").is_file():
             raise
         failed, rows = error, [r for p in sweeps.points(config, name) if (r := sweeps.result_of(config, name, p))]
-    lines = sweeps.table(config, rows)
-    folder = config.runs_dir / name
-    if lines:
-        shown = Table(title=f"{name}: means over seeds, +- their standard deviation")
-        for heading in lines[0]:
-            shown.add_column(heading)
-        for line in lines:
-            shown.add_row(*line.values())
-        console.print(shown, markup=False)
+    folder, title = config.runs_dir / name, f"{name}: means over seeds, +- their standard deviation"
+    if rows:
+        tables, pictures = {title: sweeps.table(config, rows)}, []
+        if len({row["monitor"] for row in rows}) == 1:
+            chances = {label: v.chance for label, v in config.variants.items() if v.chance is not None}
+            pictures = [folder / "curves.png"]
+            plots.sweep(sweeps.curves(config, name, rows), chances, rows[0]["monitor"], pictures[0])
+        if config.conclusion is not None:
+            more = sweeps.conclude(config.conclusion, rows, folder)
+            tables, pictures = tables | more.tables, [*more.pictures, *pictures]
+        for heading, lines in tables.items():
+            if len(lines[0]) > WIDEST:
+                continue
+            shown = Table(title=heading)
+            for column in lines[0]:
+                shown.add_column(column)
+            for line in lines:
+                shown.add_row(*line.values())
+            console.print(shown, markup=False)
+        parts = [f"{heading}\n\n{sweeps.markdown(lines)}" for heading, lines in tables.items()]
         commands = "".join(f"- {row['run']}: `{row['command']}`\n" for row in rows)
-        (folder / "table.md").write_text(f"{sweeps.markdown(lines)}\n{commands}", encoding="utf-8")
-        chances = {label: v.chance for label, v in config.variants.items() if v.chance is not None}
-        plots.sweep(sweeps.curves(config, name, rows), chances, rows[0]["monitor"], folder / "curves.png")
-        console.print(f"{show(folder)}/table.md, curves.png, results.jsonl", highlight=False)
+        (folder / "table.md").write_text("\n".join([*parts, commands]), encoding="utf-8")
+        sweep_report.write(folder / "report.html", name, tables, pictures)
+        names = ", ".join(["table.md", *(path.name for path in pictures), "results.jsonl", "report.html"])
+        console.print(f"{show(folder)}/{names}", highlight=False)
     if failed is not None:
         raise failed
     return 0
