@@ -154,6 +154,7 @@ def test_what_cannot_be_heard_is_the_users_to_mend(exported, tmp_path, monkeypat
         ([str(tmp_path / "absent.wav")], "there is no such file"),
         (["microphone"], "pip install 'ostinato\\[microphone\\]'"),
         (["x.wav", "--chunk-ms", "0"], "--chunk-ms"),
+        (["x.wav", "datta.path=x"], "datta: unknown key; did you mean data"),
     ):
         with pytest.raises(UserError, match=told):
             run("transcribe", [str(exported), *arguments])

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from trainer.recogniser import Recogniser
 
 
-def load(run: "str | Path") -> "Recogniser":
-    """The recogniser of a run, or of a folder that `export` wrote; see `trainer.recogniser`."""
+def load(run: "str | Path", *overrides: str) -> "Recogniser":
+    """The recogniser of a run, or of a folder that `export` wrote, its configuration changed by `key=value`; see
+    `trainer.recogniser`."""
     from trainer import recogniser
 
-    return recogniser.load(run)
+    return recogniser.load(run, overrides)

@@ -12,7 +12,7 @@ print(stream.finish())
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,20 +274,25 @@ def samples(sound: NDArray[Any] | Tensor) -> Tensor:
     return wave.float()
 
 
-def load(run: str | Path) -> Recogniser:
+def load(run: str | Path, overrides: Sequence[str] = ()) -> Recogniser:
     """The recogniser of a run's best checkpoint, or of a folder that `export` wrote; the corpus is not needed, but
     where labels are subwords and it was not exported.
+
+    Args:
+        overrides: `key=value` that change the saved configuration.
 
     Raises:
         UserError: there is none, or it recognises nothing.
     """
-    recipe, weights, labels, folder = open_weights(run)
+    recipe, weights, labels, folder = open_weights(run, overrides)
     found = recipe.recogniser(weights, labels, folder)
     assert isinstance(found, Recogniser)
     return found
 
 
-def open_weights(run: str | Path) -> tuple[Recipe[Any], dict[str, Tensor], dict[str, str], Path]:
+def open_weights(
+    run: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Recipe[Any], dict[str, Tensor], dict[str, str], Path]:
     """A run or exported folder: its recipe, weights, what the outputs stand for, and the folder.
 
     Raises:
@@ -302,8 +307,9 @@ def open_weights(run: str | Path) -> tuple[Recipe[Any], dict[str, Tensor], dict[
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{show(folder)}: is not what `export` wrote: {error}; export the run again") from error
         config = folder / "config.yaml"
-        return from_plain(configuration.load_yaml(config), show(config)), weights, labels, folder
+        return from_plain(configuration.load_yaml(config), show(config), overrides), weights, labels, folder
     directory = RunDirectory.existing(str(run))
     best = checkpoint.best(directory.checkpoints)
     labels = best.state["data"]["train"]
-    return from_plain(directory.saved_config(), show(directory.config)), best.weights(), labels, directory.path
+    recipe = from_plain(directory.saved_config(), show(directory.config), overrides)
+    return recipe, best.weights(), labels, directory.path

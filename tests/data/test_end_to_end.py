@@ -98,3 +98,16 @@ def test_a_corpus_goes_all_the_way(tmp_path: Path, name: str, capsys: pytest.Cap
     assert (media.audio is not None) == case.audio
     assert main(["report", str(tmp_path / "runs/run")]) == 0
     assert (tmp_path / "runs/run/report.html").stat().st_size > 10_000
+
+
+def test_a_corpus_that_is_not_at_hand_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["model.rnn.hidden_size=16", "model.rnn.num_layers=1", "model.subsampling.projection=16"]
+    assert main(["plan", "speech/librispeech_960", "world_size=64", "utterances=1500", *small]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "of 1,500 made-up utterances on 64 process(es)" in told
+    assert "1,500 of 1,500" in told
+    assert re.search(r"up to 64 a step, 1 a process", told)
+    assert "worst batch" in told
+    assert '"train_micro_batch_size_per_gpu"' in told
+    assert "warning" not in told
+    assert main(["plan", "copying/t1000", "utterances=10"]) == 2

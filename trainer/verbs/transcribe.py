@@ -12,6 +12,7 @@ recording (both directions) takes files alone, long ones in windows.
 
 import argparse
 import contextlib
+import re
 import statistics
 import sys
 import time
@@ -24,10 +25,14 @@ if TYPE_CHECKING:
 
     from trainer.recogniser import Recogniser
 
+KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run directory or its name under runs/, or an exported folder")
-    parser.add_argument("sound", metavar="SOUND", nargs="+", help="files, - or microphone")
+    parser.add_argument(
+        "sound", metavar="SOUND", nargs="+", help="files, - or microphone; key=value change the run's settings"
+    )
     parser.add_argument("--chunk-ms", type=float, default=80.0, help="sound that is taken at a time (default 80)")
     parser.add_argument("--rate", type=int, help="samples a second of standard input without a header")
     parser.add_argument("--final", action="store_true", help="no partial results")
@@ -47,7 +52,9 @@ def main(arguments: argparse.Namespace) -> int:
     from trainer.recogniser import load
 
     torch.set_num_threads(arguments.threads)
-    recogniser = load(arguments.run)
+    overrides = [name for name in arguments.sound if KEY.match(name) and not Path(name).exists()]
+    arguments.sound = [name for name in arguments.sound if name not in overrides]
+    recogniser = load(arguments.run, overrides)
     seconds = arguments.chunk_ms / 1000
     for name in arguments.sound:
         live = name in ("-", "microphone")
