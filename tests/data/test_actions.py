@@ -208,6 +208,8 @@ def test_a_batch_is_a_function_of_seed_epoch_and_clip(joints: ActionsConfig) -> 
     found = test.load(step.micro_batches[0])
     assert len(found["lengths"]) == 2 * len(found["targets"])
     assert np.array_equal(test.sample(0, 0)[1], test.sample(0, 9)[1])  # nothing is drawn
+    early, late = test.sample(int(test.clips.lengths.argmax()), 0)
+    assert not np.array_equal(early, late)
 
 
 def test_a_bad_clip_counts_nothing_and_is_named(joints: ActionsConfig, tmp_path: Path) -> None:
