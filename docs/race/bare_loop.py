@@ -5,11 +5,9 @@
 Prints a JSON object a pass: passes, seconds of training so far, audio-hours so far, CER on the test split.
 """
 
-import argparse
 import json
 import random
 import time
-from pathlib import Path
 
 import common
 import torch
@@ -33,12 +31,7 @@ def batches(lengths: list[int], limit: int) -> list[list[int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/read_ru"))
-    parser.add_argument("--passes", type=int, default=14)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = common.options(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     draw = random.Random(arguments.seed)

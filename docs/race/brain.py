@@ -7,10 +7,8 @@ of (a) or its own CRDNN.
 Prints a JSON object a pass: passes, seconds of training so far, audio-hours so far, CER on the test split.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import common
@@ -94,11 +92,7 @@ def dataset(found: list[tuple[Tensor, str]]) -> DynamicItemDataset:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/read_ru"))
-    parser.add_argument("--passes", type=int, default=14)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = common.options(__doc__.splitlines()[0])
     parser.add_argument("--network", choices=["lstm", "crdnn"], default="lstm")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

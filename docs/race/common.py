@@ -4,6 +4,7 @@ The network is that of `speech/read_ru` as torch writes it: two convolutions of 
 bidirectional `nn.LSTM` with 192 units a direction side by side, a linear map to the labels.
 """
 
+import argparse
 import io
 import math
 from collections.abc import Iterable
@@ -22,6 +23,16 @@ SPEEDS = (0.9, 1.0, 1.1)
 BATCH_SECONDS = 66.0
 """Sound a step."""
 PEAK_RATE, WARM_UP_STEPS = 4e-3, 120
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """What both rivals are told on the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, default=Path("data/read_ru"))
+    parser.add_argument("--passes", type=int, default=14)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def utterances(data: Path, split: str) -> list[tuple[Tensor, str]]:
