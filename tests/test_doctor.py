@@ -11,6 +11,7 @@ import pytest
 from trainer import doctor
 from trainer.__main__ import main
 from trainer.config import PROJECT
+from trainer.verbs import doctor as doctor_verb
 
 
 def only(monkeypatch: pytest.MonkeyPatch, ask: Callable[[], str]) -> int:
@@ -32,6 +33,17 @@ def test_all_is_well_here(tmp_path: Path) -> None:
     assert len(lines) == len(doctor.CHECKS) + 1
     assert all(line.startswith("ok ") for line in lines[:-1])
     assert not any(tmp_path.iterdir()), "it leaves nothing behind"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_its_ranks_end_like_those_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A C++ library that aborts while it is taken down is no fault of the machine."""
+    aborts = "import ctypes\nc = ctypes.CDLL(None)\nc.__cxa_atexit(ctypes.cast(c.abort, ctypes.c_void_p), None, None)\n"
+    monkeypatch.setattr(doctor, "GROUP", aborts + doctor.GROUP)
+    for name in doctor_verb.PLACE_IN_A_JOB:
+        monkeypatch.delenv(name, raising=False)
+    assert "ZeRO 0 and 1" in doctor.process_group()
 
 
 def test_it_counts_problems_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,7 @@ def audio() -> str:
 GROUP = """
 import torch
 from trainer import distributed
+from trainer.__main__ import leave
 from trainer.optim import AdamWConfig
 from trainer.distributed import Trained, ZeroConfig
 ranks = distributed.start(timeout_seconds=60)
@@ -117,6 +118,7 @@ for stage in (0, 1):
     assert trained.step().applied
     assert not torch.equal(before, trained.full("weight")["weight"])
 distributed.stop()
+leave(0)
 """
 
 
