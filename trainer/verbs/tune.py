@@ -10,7 +10,7 @@ looked at. Other keys of the decoder are taken as they are given.
 import argparse
 from typing import Any
 
-from trainer.verbs import add_run, open_run
+from trainer.verbs import add_run, find_run, open_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,15 +23,14 @@ def main(arguments: argparse.Namespace) -> int:
 
     if any(text.startswith("split=") for text in arguments.overrides):
         raise UserError("the command line: split: a decoder is tuned on the validation split alone; leave it out")
+    saved = find_run(arguments.run).saved_config().get("decoder")
+    if isinstance(saved, dict) and saved.get("kind") == "greedy":
+        arguments.overrides.insert(0, "decoder.kind=beam")  # before other keys of a beam search
     recipe: Any
     run, recipe, _ = open_run(arguments)
     decoder = getattr(recipe.config, "decoder", None)
-    if decoder is None:
-        raise UserError(f"{run.path.name}: the recipe {recipe.config.recipe} has no decoder to tune")
-    if decoder.kind == "greedy":
-        arguments.overrides.append("decoder.kind=beam")
-        run, recipe, _ = open_run(arguments, weights=False)
-        decoder = recipe.config.decoder
+    if decoder is None or decoder.kind == "greedy":
+        raise UserError(f"{run.path.name}: the recipe {recipe.config.recipe} has no decoder with weights to tune")
 
     import time
 
