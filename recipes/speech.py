@@ -3,6 +3,7 @@
 Source: Graves et al. 2006 (CTC); the shape of the model follows Amodei et al. 2016 (Deep Speech 2), arXiv:1512.02595.
 """
 
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -12,12 +13,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trainer.config import Free
+from trainer.data import columns
 from trainer.data.augment import SpecAugment
 from trainer.data.dataset import Batch
 from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared, vocabulary
 from trainer.data.text import BLANK, PhonesConfig, Tokens
+from trainer.decoding import Decoder, DecoderConfig, GreedyConfig
+from trainer.decoding.alignment import words
+from trainer.decoding.language_models import Source
 from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
@@ -30,6 +36,8 @@ class SpeechRunConfig(RunConfig):
     data: SpeechDataConfig = SpeechDataConfig()
     plan: BucketedConfig = BucketedConfig()
     model: AcousticConfig = AcousticConfig()
+    decoder: Free[DecoderConfig] = GreedyConfig()
+    """How validation and evaluation get from probabilities to text."""
 
 
 class Speech(Recipe[SpeechRunConfig]):
@@ -62,7 +70,8 @@ class Speech(Recipe[SpeechRunConfig]):
         tokens = vocabulary(data, labels["alphabet"], folder)
         model = AcousticModel(self.config.model, data.features.build(data.sample_rate_hz), len(tokens))
         model.load_state_dict(weights)
-        return Recogniser(model, tokens, data.sample_rate_hz)
+        decoder = None if self.config.decoder.kind == "greedy" else self.decoder
+        return Recogniser(model, tokens, data.sample_rate_hz, decoder)
 
     def utterances(self, split: Split, count: int) -> list[tuple[Tensor, str]]:
         dataset = self.build_dataset(split)
@@ -93,6 +102,16 @@ class Speech(Recipe[SpeechRunConfig]):
         config = self.config
         return SpeechDataset(config.data, split, config.plan, config.seed, self.num_output_frames)
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """What the configuration says of decoding; may be replaced.
+
+        Raises:
+            UserError: its language model cannot be had, or does not fit.
+        """
+        folder = columns.folder_for(self.config.data.path / "train")
+        return self.config.decoder.build(Source(self.tokens, lambda: self.build_dataset("train"), folder))
+
     def step(self, model: nn.Module, batch: Batch, state: State | None = None) -> StepOutput:
         log_probs, lengths, middle = model(batch["audio"], batch["lengths"], batch["noise_keys"], batch["valid"])
         tokens = float((batch["label_lengths"] * batch["valid"]).sum())
@@ -109,20 +128,22 @@ class Speech(Recipe[SpeechRunConfig]):
         """Phone error rate where the tokens are phones, else character and word error rates."""
         kind = self.config.data.text.tokens
         references = transcripts(batch, self.tokens)
-        for b, text in enumerate(greedy(log_probs, lengths, self.tokens)):
-            if not batch["valid"][b]:
-                continue
-            reference = references[b]
+        frame_seconds = self.config.data.features.hop_ms * self.config.model.subsampling.stride / 1000
+        valid = batch["valid"].nonzero()[:, 0].tolist()
+        for b, labels in zip(valid, self.decoder(log_probs[valid], lengths[valid]), strict=True):
+            reference, text = self.scored(references[b]), self.scored(self.tokens.decode(labels))
             if isinstance(kind, PhonesConfig):
-                wanted, got = kind.scored(reference), kind.scored(text)
-                errors = edits(wanted, got)
+                errors = edits(reference.split(), text.split())
                 add(output.metrics, errors.metrics("per"))
-                reference, text = " ".join(wanted), " ".join(got)
             else:
                 errors = edits(list(reference), list(text))
                 add(output.metrics, errors.metrics("cer"))
                 add(output.metrics, edits(reference.split(), text.split()).metrics("wer"))
             add(output.metrics, {"sentence_errors": Mean(float(reference != text), 1.0)})
+            heard = words(log_probs[b, : lengths[b]], labels, self.tokens, frame_seconds)
+            facts = {"seconds": round(float(batch["seconds"][b]), 3), "words": [asdict(word) for word in heard]}
+            if (speaker := batch["speakers"][b]) is not None:
+                facts["speaker"] = speaker
             output.rows.append(
                 Row(
                     batch["keys"][b],
@@ -130,8 +151,14 @@ class Speech(Recipe[SpeechRunConfig]):
                     errors.length,
                     {"reference": reference, "hypothesis": text},
                     aligned_by="word" if isinstance(kind, PhonesConfig) else "character",
+                    facts=facts,
                 )
             )
+
+    def scored(self, text: str) -> str:
+        """A text as errors are counted in it."""
+        kind = self.config.data.text.tokens
+        return " ".join(kind.scored(text)) if isinstance(kind, PhonesConfig) else text
 
 
 def ctc(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
@@ -145,19 +172,6 @@ def ctc(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
         log_probs.transpose(0, 1), batch["labels"], lengths, batch["label_lengths"], blank=BLANK, reduction="none"
     )
     return torch.where(batch["valid"], nats, 0.0).sum()
-
-
-def greedy(log_probs: Tensor, lengths: Tensor, tokens: Tokens) -> list[str]:
-    """Best path of CTC: the likeliest label of each frame, repeats merged, blanks dropped.
-
-    Shape:
-        log_probs: (B, T, V), lengths: (B,)
-    """
-    texts = []
-    for path, n in zip(log_probs.argmax(-1).cpu(), lengths.tolist(), strict=True):
-        labels = torch.unique_consecutive(path[:n]).tolist()
-        texts.append(tokens.decode(labels))
-    return texts
 
 
 def transcripts(batch: Batch, tokens: Tokens) -> list[str]:

@@ -81,7 +81,11 @@ def test_the_distribution_is_called_ostinato() -> None:
     assert project["name"] == "ostinato"
 
 
-MODULES = {"pyyaml": "yaml", "pillow": "PIL"}  # packages whose module has another name
+MODULES = {
+    "pyyaml": "yaml",
+    "pillow": "PIL",
+    "ufal-flashlight-text": "flashlight",
+}  # packages whose module has another name
 EXTRAS = {
     "botocore": "remote",
     "scipy": "music",

@@ -19,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent  # as in trainer.config, which imports pydantic
-IMPORTS = {"pyyaml": "yaml", "pillow": "PIL"}  # where the name of a package is not that of its module
+# Where the name of a package is not that of its module.
+IMPORTS = {"pyyaml": "yaml", "pillow": "PIL", "ufal-flashlight-text": "flashlight.lib.text.decoder"}
 OURS = ("kernels", "trainer", "recipes")
 MIN_SHARED_MEGABYTES = 64
 MIN_DISK_GIGABYTES = 1.0

@@ -1,5 +1,6 @@
 """Scoring a split: the same numbers to the last bit on any number of ranks, and an account of what was not scored."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer import distributed
+from trainer.config import show
 from trainer.data.dataset import MISSING, Batch, Fault
 from trainer.data.plan import Rejection
 from trainer.distributed import Ranks
@@ -162,6 +164,43 @@ class Evaluator:
         if not evaluation.scored:
             reasons = left_out([*self.dataset.plan.rejections, *self.known])
             raise UserError(f"{self.recipe.config.name}: no sample of the split {self.split} can be scored: {reasons}")
+
+
+def write_evaluation(folder: Path, split: str, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write SPLIT.jsonl, a row a line, and SPLIT.json, each whole or not at all.
+
+    Args:
+        result: the numbers, `metrics` among them.
+        rows: see `trainer.recipe.Row`.
+    """
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    for ending, text in (("jsonl", "".join(lines)), ("json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")):
+        temporary = folder / f"{split}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / f"{split}.{ending}")
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What `evaluate` wrote: the numbers, and as `rows` the lines of the file beside them.
+
+    Args:
+        path: SPLIT.json.
+
+    Raises:
+        UserError: it is something else, or damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        for row in rows:
+            row["key"], row["errors"], row["length"], row["columns"]
+        return {**found, "metrics": dict(found["metrics"]), "rows": rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{show(path)}: is not what `evaluate` writes ({error}); delete it or evaluate again"
+        ) from error
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -17,8 +17,8 @@ from trainer.data.lint import as_prepared, prepared_at
 from trainer.data.speech import SpeechDataConfig
 from trainer.data.tars import Pair, read_contents, transcript
 from trainer.errors import UserError
+from trainer.page import escape, sound, write_page
 from trainer.plots import heat_map
-from trainer.report import STYLE, escape, sound
 
 
 def write(path: Path, page: Path, count: int, config: SpeechDataConfig) -> int:
@@ -51,16 +51,9 @@ def write(path: Path, page: Path, count: int, config: SpeechDataConfig) -> int:
         samples = "".join(_sample(*found, config, Path(folder) / "picture.png") for found in pairs)
     lines = "".join(f"<li>{escape(text)}</li>" for text in problems[:50])
     note = f"<h2>What is wrong with these shards</h2><ul>{lines}</ul>" if lines else ""
-    text = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(path.name)}</title><style>{STYLE}</style></head><body><h1>{escape(path.name)}</h1>"
-        f"<p>{len(pairs)} samples of {len(chosen)} of {len(shards)} shards</p>{samples}{note}</body></html>\n"
-    )
+    head = f"<p>{len(pairs)} samples of {len(chosen)} of {len(shards)} shards</p>"
     try:
-        temporary = page.with_name(f"{page.name}.tmp")
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(page)
+        write_page(page, path.name, head + samples + note)
     except OSError as error:
         raise UserError(f"--page {page}: cannot be written: {error.strerror}; name another file") from error
     return len(pairs)

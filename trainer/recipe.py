@@ -46,6 +46,9 @@ class Row:
     columns: dict[str, str]
     aligned_by: Literal["character", "word"] = "character"
     """What is put under what, where the columns are a reference and a hypothesis."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """More that the file of an evaluation holds, as JSON values: `seconds` and `speaker`, by which errors are grouped,
+    and what the recipe likes to add."""
 
     @property
     def rate(self) -> float:

@@ -5,151 +5,31 @@ numbers do not exist yet says so, so that a run in progress has a report too.
 """
 
 import base64
-import html
-import io
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 from matplotlib.figure import Figure
 
-from trainer import checkpoint, confusion, keyed, machine
+from trainer import checkpoint, confusion, keyed, machine, page
 from trainer import config as configuration
 from trainer.analysis import run as analysis
 from trainer.config import show
 from trainer.data.dataset import Media
 from trainer.distributed import WEIGHT
 from trainer.errors import UserError
-from trainer.metrics import PARTS, align, error_rates
-from trainer.plots import Rows, curves, heat_map, large_heat_map, picture, saved, series
+from trainer.evaluation import read_evaluation
+from trainer.metrics import PARTS, error_rates
+from trainer.page import LEGEND, escape, table
+from trainer.plots import Rows, curves, large_heat_map, picture, saved, series
 from trainer.recipe import Recipe
 from trainer.run import RunDirectory, read_lines
 
 SHOWN = 10
 """Rows in each of the two tables of samples."""
-SOUNDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("MP3", "audio/mpeg", {"compression_level": 0.7, "bitrate_mode": "VARIABLE"}),
-    ("OGG", "audio/ogg", {}),
-    ("WAV", "audio/wav", {}),
-)
-"""In order of preference: the smallest first; what this libsndfile cannot write falls to the next."""
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8882; --add: #b8860055; --miss: #0072b255; --swap: #d55e0055 }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
-h1 { margin: 0; line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
-.facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0 }
-.facts div { background: var(--soft); border-radius: .5rem; padding: .5rem .9rem; font-size: .9rem }
-.facts b { display: block; font-size: 1.3rem }
-.facts .head { flex-basis: 100% } .facts .head b { font-size: 2.8rem; line-height: 1.2 }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .8rem }
-img { max-width: 100%; display: block; border-radius: .3rem } .plot { width: 100%; background: white }
-@media (prefers-color-scheme: dark) { .plot { filter: invert(.91) hue-rotate(180deg) } .plot.image { filter: none } }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .95rem }
-td, th { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line) }
-th, td { overflow-wrap: break-word; min-width: 4rem } td:first-child { min-width: 7rem }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.sample { border-bottom: 1px solid var(--line); padding: .9rem 0 } .sample p { margin: 0 0 .4rem }
-.sample audio { display: block; width: 100%; max-width: 26rem; height: 2.4rem; margin: .4rem 0 }
-.sample img { height: 5rem; min-width: min(100%, 12rem); margin: .4rem 0 }
-.aligned, .key { font: 15px/1.35 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace }
-.aligned { margin: .5rem 0 }
-.aligned > span { display: inline-block; white-space: pre; margin-bottom: .5rem; vertical-align: top }
-.aligned i, .aligned b { display: block; font-style: normal; font-weight: normal; min-height: 1.35em }
-.aligned b, small { color: GrayText }
-ins { background: var(--add) } del { background: var(--miss); text-decoration: underline dashed }
-em { background: var(--swap); font-style: normal }
-pre { overflow-x: auto; background: var(--soft); padding: 1rem; border-radius: .5rem; font-size: .85rem }
-summary { cursor: pointer; padding: .5rem 0 }
-"""
-
-
-def escape(value: object) -> str:
-    """Text as HTML that shows it, also inside a quoted attribute."""
-    return html.escape(str(value), quote=True)
-
-
-# Sound and text
-
-
-def sound(media: Media) -> str:
-    """An <audio> element that holds the sound."""
-    if media.audio is None:
-        return ""
-    samples = np.clip(np.nan_to_num(np.asarray(media.audio, dtype=np.float32)), -1, 1)
-    for kind, mime, options in SOUNDS:
-        buffer = io.BytesIO()
-        try:
-            with soundfile.SoundFile(buffer, "w", media.sample_rate_hz, 1, format=kind, **options) as file:
-                for start in range(0, len(samples), 16000):  # one large block overflows the encoder's stack
-                    file.write(samples[start : start + 16000])
-        except (soundfile.SoundFileError, TypeError, ValueError):
-            continue
-        data = base64.b64encode(buffer.getvalue()).decode()
-        return f'<audio controls preload="none" src="data:{mime};base64,{data}"></audio>'
-    return ""
-
-
-def aligned(reference: str, hypothesis: str, by: str = "character", width: int = 24) -> str:
-    """Reference over hypothesis, character under character, and a third line that names each error: I, D or S.
-
-    Args:
-        by: "word" puts word under word, or whatever else has spaces between.
-        width: columns after which a line may break even inside a word.
-    """
-    if by == "word":
-        pairs = align(reference.split(), hypothesis.split())
-        return "".join(f"<span>{_chunk([pair])}</span> " for pair in pairs)
-    chunks: list[list[tuple[str, str]]] = [[]]
-    for pair in align(list(reference), list(hypothesis)):
-        chunks[-1].append(pair)
-        if " " in pair or len(chunks[-1]) >= width:
-            chunks.append([])
-    return "".join(f"<span>{_chunk(pairs)}</span>" for pairs in chunks if pairs)
-
-
-def _chunk(pairs: Iterable[tuple[str, str]]) -> str:
-    above, below, marks = "", "", ""
-    for wanted, got in pairs:
-        if wanted == got:
-            above, below, marks = above + escape(wanted), below + escape(got), marks + " "
-            continue
-        # A space that is wrong must be seen.
-        a, b = (escape({"": "·", " ": "_"}.get(x, x)) for x in (wanted, got))
-        mark, tag = ("I", "ins") if not wanted else ("D", "del") if not got else ("S", "em")
-        above += a if not wanted else f"<{tag}>{a}</{tag}>"
-        below += b if not got else f"<{tag}>{b}</{tag}>"
-        marks += mark
-    return f"<i>{above}</i><i>{below}</i><b>{marks.rstrip()}</b>"
-
-
-LEGEND = (
-    "<p>Reference above, hypothesis below: <ins>I</ins> inserted, <del>D</del> deleted, <em>S</em> substituted; "
-    "· stands for nothing, _ for a space that is wrong.</p>"
-)
-
-
-def _table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), numbers: int = 0) -> str:
-    """A table whose last `numbers` columns are numbers."""
-
-    def line(cells: Sequence[object], tag: str) -> str:
-        first = len(cells) - numbers
-        parts = (
-            f"<{tag}{' class=number' if i >= first else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)
-        )
-        return f"<tr>{''.join(parts)}</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f"<div class=wide><table>{line(head, 'th') if head else ''}{body}</table></div>"
-
-
-# Sections
 
 
 def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float]:
@@ -176,7 +56,7 @@ def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float
     rows = [row for row in read_lines(run.metrics) if isinstance(row, dict)]
     train = [r for r in rows if r.get("kind") == "train"]
     valid = [r for r in rows if r.get("kind") == "validation"]
-    evaluations = {p.stem: _evaluation(p) for p in sorted((run.path / "evaluation").glob("*.json"))}
+    evaluations = {p.stem: read_evaluation(p) for p in sorted((run.path / "evaluation").glob("*.json"))}
     state, parameters, damage = _state(run)
     refused = list(read_lines(run.refused))
     name = run.path.resolve().name
@@ -196,27 +76,9 @@ def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float
     }
     sections = {title: text for title, text in sections.items() if text}
     parts = "".join((f"<h2>{escape(title)}</h2>" if title else "") + text for title, text in sections.items())
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{escape(name)}</h1>{parts}</body></html>\n"
-    )
-    temporary = run.report.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    temporary.replace(run.report)
+    page.write_page(run.report, name, parts)
     metrics: dict[str, float] = evaluations.get(split, {}).get("metrics", {})
     return metrics
-
-
-def _evaluation(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, "metrics": dict(found["metrics"]), "rows": list(found["rows"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{show(path)}: is not what `evaluate` writes ({error}); delete it or evaluate again"
-        ) from error
 
 
 def _state(run: RunDirectory) -> tuple[dict[str, Any], int | None, str]:
@@ -305,10 +167,10 @@ def _errors(evaluations: dict[str, dict[str, Any]], valid: Rows) -> str:
         for title, metrics in sources.items():
             numbers = {n: v for n, v in metrics.items() if n not in told and isinstance(v, (int, float))}
             lines += [[title, name.replace("_", " "), f"{value:.5g}"] for name, value in numbers.items()]
-        return _table(lines, ("split", "", "value"), numbers=1)
+        return table(lines, ("split", "", "value"), numbers=1)
     if not lines:
         return "<p>Nothing has been validated or evaluated yet.</p>"
-    return _table(lines, ("split", "", "errors, %", *(f"{part}, %" for part in PARTS)), numbers=4)
+    return table(lines, ("split", "", "errors, %", *(f"{part}, %" for part in PARTS)), numbers=4)
 
 
 EMBEDDED = {
@@ -347,7 +209,7 @@ def _analysis(run: RunDirectory) -> str:
             f"{show(folder / analysis.FILE)}: is not what `analyze` writes ({error}); analyze again"
         ) from error
     parts = [f"<p>The checkpoint of step {escape(values['step'])}.</p>"]
-    parts.append(_table(rows, analysis.HEAD, numbers=len(analysis.HEAD) - 1))
+    parts.append(table(rows, analysis.HEAD, numbers=len(analysis.HEAD) - 1))
     parts += [f"<p>{escape(line)}</p>" for line in said]
     images = sorted(folder.glob("*.png"), key=lambda p: (p.stem != "robustness", p.stem))
     return "".join(parts) + "".join(f"<p>{saved(path)}</p>" for path in images)
@@ -359,7 +221,7 @@ def _classes(evaluation: dict[str, Any] | None, folder: Path) -> str:
     if not found:
         return ""
     image = picture(confusion.figure(found), folder / "confusion.png")
-    return _table(confusion.table(found), confusion.HEAD) + image
+    return table(confusion.table(found), confusion.HEAD) + image
 
 
 def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, split: str, folder: Path) -> str:
@@ -372,9 +234,9 @@ def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, s
         dataset, note = recipe.build_dataset(split), ""  # type: ignore[arg-type]
     except Exception as error:  # the data may be gone or changed in any way; the texts are still worth showing
         dataset, note = None, f"<p>Without sound and pictures, the data cannot be opened: {escape(error)}</p>"
-    worst = sorted(rows, key=_rate, reverse=True)[:SHOWN]
+    worst = sorted(rows, key=page.rate, reverse=True)[:SHOWN]
     random = sorted(rows, key=lambda r: keyed.key("report", r["key"]))[:SHOWN]
-    media = {row["key"]: _media(dataset, row["key"]) for row in [*worst, *random]} if dataset is not None else {}
+    media = {row["key"]: page.media_of(dataset, row["key"]) for row in [*worst, *random]} if dataset is not None else {}
     parts = [note]
     example = media.get(random[0]["key"])
     if isinstance(example, Media) and example.image is not None:
@@ -387,39 +249,8 @@ def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, s
         parts.append(f"<h3>{title}</h3>")
         for number, row in enumerate(chosen):
             path = folder / f"{'worst' if chosen is worst else 'random'}-{number:02d}.png"
-            parts.append(_sample(row, media.get(row["key"]), path))
+            parts.append(page.sample(row, media.get(row["key"]), path))
     return "".join(parts)
-
-
-def _rate(row: dict[str, Any]) -> float:
-    rate: float = row["errors"] / max(row["length"], 1.0)
-    return rate
-
-
-def _media(dataset: Any, key: str) -> Media | str:
-    """Sound and picture of a sample, or why there is none."""
-    try:
-        found: Media = dataset.media(key)
-    except Exception as error:  # a bad sample fails in any way; it must not cost the report
-        return f"{type(error).__name__}: {error}"
-    return found
-
-
-def _sample(row: dict[str, Any], media: Media | str | None, path: Path) -> str:
-    columns = dict(row["columns"])
-    cells = [f"<p><b>{_rate(row):.0%}</b> <span class=key>{escape(row['key'])}</span></p>"]
-    if "reference" in columns and "hypothesis" in columns:
-        both = aligned(columns.pop("reference"), columns.pop("hypothesis"), row.get("aligned_by", "character"))
-        cells.append(f"<div class=aligned>{both}</div>")
-    cells += [f"<p><small>{escape(name)}</small> {escape(text)}</p>" for name, text in columns.items()]
-    if isinstance(media, str):
-        cells.append(f"<p><small>no sound: {escape(media)}</small></p>")
-    elif media is not None:
-        cells.append(sound(media))
-        if media.image is not None:
-            cells.append(heat_map(media.image, path))
-        cells += [f"<p><small>{escape(name)}</small> {escape(text)}</p>" for name, text in media.captions.items()]
-    return f"<div class=sample>{''.join(cells)}</div>"
 
 
 def _faults(bad: Rows, refused: Rows) -> str:
@@ -427,11 +258,11 @@ def _faults(bad: Rows, refused: Rows) -> str:
     for row in bad:
         reasons.setdefault(str(row.get("reason")), []).append(str(row.get("key")))
     lines = sorted(((reason, _some(keys), len(keys)) for reason, keys in reasons.items()), key=lambda x: -x[2])
-    text = _table(lines, ("reason", "samples", "count"), numbers=1) if lines else "<p>No bad sample.</p>"
+    text = table(lines, ("reason", "samples", "count"), numbers=1) if lines else "<p>No bad sample.</p>"
     if not refused:
         return text + "<p>No step was refused.</p>"
     text += f"<p>{len(refused)} refused, because the gradient was not finite:</p>"
-    return text + _table(
+    return text + table(
         [(r["step"], r.get("epoch"), _some(r.get("keys", []))) for r in refused[:SHOWN]], ("step", "epoch", "samples")
     )
 
@@ -443,7 +274,7 @@ def _spikes(rows: Rows) -> str:
         (r["step"], f"{r['loss']:.4g}", f"{r['usual']:.4g}", f"{r['taken_back_from']} to {r['step']}") for r in rows
     ]
     head = ("step", "loss", "usual before", "steps taken back")
-    return "<p>The loss jumped, and the run went back to an older checkpoint:</p>" + _table(lines, head, numbers=3)
+    return "<p>The loss jumped, and the run went back to an older checkpoint:</p>" + table(lines, head, numbers=3)
 
 
 def _some(keys: Sequence[str], count: int = 3) -> str:
@@ -464,7 +295,7 @@ def _configuration(recipe: Recipe[Any]) -> str:
         if usual.get(name, absent) != value
     ]
     whole = f"<details><summary>All of it</summary><pre>{escape(configuration.dump_yaml(values))}</pre></details>"
-    return _table(different, ("differs from the defaults", "here", "default")) + whole
+    return table(different, ("differs from the defaults", "here", "default")) + whole
 
 
 def _machine(state: dict[str, Any]) -> str:
@@ -476,5 +307,5 @@ def _machine(state: dict[str, Any]) -> str:
     ]
     here = {k: v for k, v in machine.describe().items() if v != state.get("machine", {}).get(k)}
     if not here:
-        return _table(facts)
-    return _table(facts) + "<p>Different where this report was made:</p>" + _table(here.items())
+        return table(facts)
+    return table(facts) + "<p>Different where this report was made:</p>" + table(here.items())

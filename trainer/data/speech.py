@@ -1,9 +1,11 @@
 """Transcribed speech: shards of audio and text to padded batches of features and labels."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import tarfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from trainer.data.audio import (
 from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import MISSING, Batch, Fault, Media
-from trainer.data.index import Entry, Index, index_path
+from trainer.data.index import BLOCK, Entry, Index, index_path
 from trainer.data.mirror import bundle_indexes, mirror
 from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, Measures, MicroBatch
 from trainer.data.reader import ShardReader
@@ -106,6 +108,8 @@ class BandStatistics(BaseModel):
     deviation: list[float]
 
 
+MAX_ABOUT = 1 << 16
+"""Bytes of what a shard says about a sample that are read for its speaker."""
 FOREIGN = "shards"
 """What `corpus.json` calls a corpus whose shards were made elsewhere."""
 
@@ -168,6 +172,7 @@ class _Place:
     """Of the row: frames, or samples."""
     checksum: int = 0
     seconds: float = 0.0
+    speaker: str | None = None
     valid: bool = False
 
 
@@ -361,6 +366,27 @@ class SpeechDataset:
             raise UnknownCharacterError(" ".join(map(repr, sorted(outside))))
         return text
 
+    def transcripts(self) -> list[str]:
+        """The normalised transcripts of the split, without those that cannot be read."""
+        found = []
+        for row in range(len(self)):
+            with contextlib.suppress(AudioError, UnknownCharacterError):  # training says so, and leaves them out too
+                found.append(self.text(row))
+        return found
+
+    def speaker(self, row: int) -> str | None:
+        """Who speaks, if `KEY.json` says so and follows the transcript in the tar, as `prepare` writes it."""
+        entry = self.index.entries[row]
+        place = entry.text_offset + -(-entry.text_size // BLOCK) * BLOCK
+        try:
+            header = tarfile.TarInfo.frombuf(self._read(row, place, BLOCK), "utf-8", "replace")
+            if not header.isfile() or header.name.rpartition("/")[2] != f"{entry.key.rpartition('/')[2]}.json":
+                return None
+            speaker = json.loads(self._read(row, place + BLOCK, min(header.size, MAX_ABOUT))).get("speaker")
+        except (tarfile.HeaderError, AudioError, ValueError, AttributeError):
+            return None
+        return None if speaker is None else str(speaker)
+
     def _sample(self, row: int, speed: float) -> tuple[Tensor, list[int]]:
         """Waveform as the model gets it, and labels.
 
@@ -386,7 +412,8 @@ class SpeechDataset:
         Returns:
             the keys that `Batch` lists, and
             `audio`: (B, T, F) features, or (B, N) waveforms if `features.where` is "model"; `lengths`: (B,) of it;
-            `labels`: (sum of label lengths,), `label_lengths`: (B,); `seconds`: (B,).
+            `labels`: (sum of label lengths,), `label_lengths`: (B,); `seconds`: (B,); `speakers`: B names, None where
+            nobody says and in training.
         """
         if self._cache is not None:
             shards = {int(self.index.shard[row]) for row in micro_batch.samples}
@@ -403,6 +430,8 @@ class SpeechDataset:
                     wave, place.labels = self._sample(row, speed)
                     if self.wave_augment is not None:
                         wave = self.wave_augment(wave, place.noise_key)
+                    if not self.training:
+                        place.speaker = self.speaker(row)
                     place.valid = True
                 except AudioError as error:
                     faults.append(Fault(name, error.reason, error.detail))
@@ -459,6 +488,7 @@ class SpeechDataset:
             "labels": torch.tensor([i for place in places for i in place.labels], dtype=torch.long),
             "label_lengths": torch.tensor([len(place.labels) for place in places]),
             "seconds": torch.tensor([place.seconds for place in places]),
+            "speakers": [place.speaker for place in places],
         }
 
     def media(self, key: str) -> Media:

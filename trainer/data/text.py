@@ -18,6 +18,8 @@ from trainer.errors import UserError
 
 BLANK = 0
 """Label of the CTC blank; the tokens follow from 1 on."""
+SPACE = "▁"
+"""Stands for a space, or for the beginning of a word in front of a subword, where names must have no space."""
 SUBWORDS_FILE = "subwords.model"
 """Beside `corpus.json`: the vocabulary in sentencepiece's own format."""
 
@@ -54,6 +56,15 @@ class Tokens(Protocol):
 
     def decode(self, labels: Sequence[int]) -> str:
         """Text of labels without blanks."""
+        ...
+
+    @property
+    def names(self) -> list[str]:
+        """A name without white space for each label, that of the blank first; `SPACE` stands for a space."""
+        ...
+
+    def words(self, labels: Sequence[int]) -> list[tuple[str, int, int]]:
+        """The words that labels spell, each with the number of its first label and of the one after its last."""
         ...
 
 
@@ -249,6 +260,18 @@ class Characters:
     def decode(self, labels: Sequence[int]) -> str:
         return "".join(self.identity[i - 1] for i in labels if i != BLANK)
 
+    @property
+    def names(self) -> list[str]:
+        return ["<blank>", *(SPACE if c == " " else c for c in self.identity)]
+
+    def words(self, labels: Sequence[int]) -> list[tuple[str, int, int]]:
+        found, end = [], 0
+        for word in self.decode(labels).split(" "):
+            end += len(word) + 1
+            if word:
+                found.append((word, end - 1 - len(word), end - 1))
+        return found
+
 
 class Phones:
     """One label a phone.
@@ -276,6 +299,13 @@ class Phones:
     def decode(self, labels: Sequence[int]) -> str:
         return " ".join(self.phones[i - 1] for i in labels if i != BLANK)
 
+    @property
+    def names(self) -> list[str]:
+        return ["<blank>", *self.phones]
+
+    def words(self, labels: Sequence[int]) -> list[tuple[str, int, int]]:
+        return [(self.phones[label - 1], i, i + 1) for i, label in enumerate(labels)]
+
 
 class Subwords:
     """One label a piece of a word.
@@ -299,6 +329,17 @@ class Subwords:
 
     def decode(self, labels: Sequence[int]) -> str:
         return str(self.processor.decode([i for i in labels if i != BLANK]))
+
+    @property
+    def names(self) -> list[str]:
+        return ["<blank>", *(self.processor.id_to_piece(i) for i in range(1, len(self)))]
+
+    def words(self, labels: Sequence[int]) -> list[tuple[str, int, int]]:
+        names = self.names
+        starts = [i for i, label in enumerate(labels) if i == 0 or names[label].startswith(SPACE)]
+        pairs = zip(starts, [*starts[1:], len(labels)], strict=True)
+        found = [("".join(names[label] for label in labels[a:b]).lstrip(SPACE), a, b) for a, b in pairs]
+        return [(word, a, b) for word, a, b in found if word]
 
 
 def ctc_frames(labels: Sequence[Any]) -> int:
