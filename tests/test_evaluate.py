@@ -4,14 +4,20 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import fit, overrides, run_ranks, spoil
+from tests.helpers import TINY, fit, overrides, run_ranks, spoil
 from trainer import recipe
+from trainer.__main__ import main
+from trainer.config import PROJECT
+from trainer.evaluation import read_evaluation
 from trainer.run import read_lines
 from trainer.verbs import evaluate
 
@@ -61,3 +67,37 @@ def test_what_was_not_scored_is_told(run: Path, corpus: Path, tmp_path: Path) ->
     spoil(data / "test", 7)  # mends the first
     with pytest.raises(RuntimeError, match="6 bad samples of 7, more than max_bad_share"):
         run_ranks(1, evaluated, run, f"data.path={data}")
+
+
+def commands() -> list[list[str]]:
+    """Those of docs/recognition.md, without ./launch.sh."""
+    text = (PROJECT / "docs/recognition.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(.*?)```", text, re.S)
+    return [shlex.split(line)[1:] for line in block.splitlines()]
+
+
+def typed(ranks: Any, folder: Path, data: Path) -> str:
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        for command in commands():
+            more = [*TINY, f"data.path={data}"] if command[0] == "ngram" else []
+            assert main([*command, *more]) == 0, command
+    return output.getvalue()
+
+
+def test_the_commands_of_the_document_and_what_they_leave(run: Path, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "runs" / "speech-tones")
+    (told,) = run_ranks(1, typed, tmp_path, corpus)
+    assert "95 % interval" in told
+    assert "paired bootstrap" in told
+    assert "recorded in runs/speech-tones/decoder.yaml" in told
+    found = read_evaluation(tmp_path / "runs/speech-tones/evaluation/test.json")
+    assert set(found["errors"]) == {"cer", "wer"}
+    assert all(row["facts"]["seconds"] > 0 for row in found["rows"])
+    for row in found["rows"]:
+        words = row["facts"]["words"]
+        assert [word["word"] for word in words] == row["columns"]["hypothesis"].split()
+        assert all(0 <= word["start"] < word["end"] <= row["facts"]["seconds"] + 0.1 for word in words)
+    page = (tmp_path / "runs/speech-tones/evaluation/test.html").read_text(encoding="utf-8")
+    assert "<audio" in page
+    assert "<script" not in page

@@ -49,7 +49,7 @@ def test_every_verb_is_in_the_readme_and_explains_itself() -> None:
     done = subprocess.run([sys.executable, "-m", "trainer", "--help"], cwd=PROJECT, capture_output=True, text=True)
     verbs = re.findall(r"^  ([a-z-]+)\s+\S", done.stdout, re.M)
     known = "train prepare analyze evaluate generate export report plan doctor bench schema shards sweep reproduce test"
-    known += " verify-resume transcribe"
+    known += " verify-resume transcribe ngram tune"
     assert set(known.split()) == set(verbs)
     for verb in verbs:
         assert f"`{verb}" in README, verb

@@ -1,6 +1,5 @@
 """The report is one file, whole on its own, and shows what data says without believing it."""
 
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,9 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.helpers import overrides
-from trainer import recipe, report
+from trainer import page, recipe, report
 from trainer.__main__ import main
 from trainer.data.dataset import Media
+from trainer.evaluation import write_evaluation
 from trainer.run import RunDirectory, append
 
 EVIL = "<script>alert(1)</script>"
@@ -51,9 +51,7 @@ def make_run(folder: Path, corpus: Path, finished: bool) -> tuple[RunDirectory, 
         rows = [
             {"key": k, "errors": 1, "length": 4, "columns": {"reference": "abcd", "hypothesis": EVIL}} for k in keys
         ]
-        (run.path / "evaluation").mkdir()
-        result = {"split": "test", "step": 8, "metrics": {**rates, "loss": 0.5}, "rows": rows}
-        (run.path / "evaluation" / "test.json").write_text(json.dumps(result))
+        write_evaluation(run.path / "evaluation", "test", {"step": 8, "metrics": {**rates, "loss": 0.5}}, rows)
     return run, task
 
 
@@ -103,12 +101,10 @@ def test_a_finished_run(corpus: Path, tmp_path: Path) -> None:
 def test_data_is_never_markup_and_nothing_is_loaded(corpus: Path, tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, corpus, finished=True)
     evil_name = recipe.load("speech/tones", overrides(corpus, tmp_path, f"tracking.project={EVIL}", "name=run"))
-    path = run.path / "evaluation" / "test.json"
-    evaluation = json.loads(path.read_text())
-    evaluation["rows"].append(
-        {"key": f'"{EVIL}', "errors": 9, "length": 1, "columns": {"reference": EVIL, EVIL: EVIL, "hypothesis": "<b>"}}
-    )
-    path.write_text(json.dumps(evaluation))
+    word = {"word": EVIL, "start": 0.0, "end": 0.1, "confidence": 0.5}
+    columns = {"reference": EVIL, EVIL: EVIL, "hypothesis": "<b>"}
+    evil = {"key": f'"{EVIL}', "errors": 9, "length": 1, "columns": columns, "facts": {"words": [word]}}
+    append(run.path / "evaluation" / "test.jsonl", [evil])
     report.write(run, evil_name, "test")
     text = run.report.read_text(encoding="utf-8")
     tags = Tags(text)
@@ -135,8 +131,7 @@ def test_a_run_that_has_only_begun(corpus: Path, tmp_path: Path) -> None:
 
 def test_an_evaluation_of_nothing(corpus: Path, tmp_path: Path) -> None:
     run, task = make_run(tmp_path, corpus, finished=True)
-    path = run.path / "evaluation" / "test.json"
-    path.write_text(json.dumps({"split": "test", "step": 8, "metrics": {}, "rows": []}))
+    write_evaluation(run.path / "evaluation", "test", {"step": 8, "metrics": {}}, [])
     assert report.write(run, task, "test") == {}
     assert "The evaluation holds no sample" in run.report.read_text()
 
@@ -166,17 +161,17 @@ def test_a_damaged_evaluation_is_explained(
 
 
 def test_an_alignment_shows_each_kind_of_error() -> None:
-    assert report.aligned("abcd", "axcde") == (
+    assert page.aligned("abcd", "axcde") == (
         "<span><i>a<em>b</em>cd·</i><i>a<em>x</em>cd<ins>e</ins></i><b> S  I</b></span>"
     )
-    assert report.aligned("ab", "b") == "<span><i><del>a</del>b</i><i>·b</i><b>D</b></span>"
+    assert page.aligned("ab", "b") == "<span><i><del>a</del>b</i><i>·b</i><b>D</b></span>"
     assert (
-        report.aligned("a b", "ab")
+        page.aligned("a b", "ab")
         == "<span><i>a<del>_</del></i><i>a·</i><b> D</b></span><span><i>b</i><i>b</i><b></b></span>"
     )
-    assert report.aligned("", "") == ""
-    assert report.aligned("x" * 50, "x" * 50).count("<span>") == 3  # a word that is too long for a phone is broken
-    assert report.aligned("sil aa b", "sil b b", by="word") == (
+    assert page.aligned("", "") == ""
+    assert page.aligned("x" * 50, "x" * 50).count("<span>") == 3  # a word that is too long for a phone is broken
+    assert page.aligned("sil aa b", "sil b b", by="word") == (
         "<span><i>sil</i><i>sil</i><b></b></span> <span><i><em>aa</em></i><i><em>b</em></i><b>S</b></span> "
         "<span><i>b</i><i>b</i><b></b></span> "
     )
@@ -184,9 +179,9 @@ def test_an_alignment_shows_each_kind_of_error() -> None:
 
 def test_sound_falls_back_where_mp3_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     wave = np.sin(np.arange(8000) / 20).astype(np.float32)
-    assert "audio/mpeg" in report.sound(Media(wave, 16000))
-    assert "audio/ogg" in report.sound(Media(wave, 5000))  # a rate that MP3 does not have
-    assert report.sound(Media(None)) == ""
+    assert "audio/mpeg" in page.sound(Media(wave, 16000))
+    assert "audio/ogg" in page.sound(Media(wave, 5000))  # a rate that MP3 does not have
+    assert page.sound(Media(None)) == ""
 
 
 def test_gradient_norms_of_layers_are_drawn() -> None:

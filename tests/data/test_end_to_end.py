@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tests.data import layouts
 from tests.helpers import TINY, run_ranks
 from trainer import recipe
 from trainer.__main__ import main
+from trainer.evaluation import read_evaluation
 
 pytestmark = pytest.mark.distributed
 
@@ -88,7 +88,7 @@ def test_a_corpus_goes_all_the_way(tmp_path: Path, name: str, capsys: pytest.Cap
     assert rates == ({"per"} if case.rate == "per" else {"cer", "wer"})
     (told,) = run_ranks(1, evaluated, tmp_path / "runs/run")
     assert f"{case.rate.upper()} " in told
-    result = json.loads((tmp_path / "runs/run/evaluation/test.json").read_text(encoding="utf-8"))
+    result = read_evaluation(tmp_path / "runs/run/evaluation/test.json")
     assert result["scored"] == result["total"] == len(task.build_dataset("test"))
     row = result["rows"][0]
     if name == "phones":  # 48 are trained on, errors are counted on 39
