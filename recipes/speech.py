@@ -70,7 +70,7 @@ class Speech(Recipe[SpeechRunConfig]):
         tokens = vocabulary(data, labels["alphabet"], folder)
         model = AcousticModel(self.config.model, data.features.build(data.sample_rate_hz), len(tokens))
         model.load_state_dict(weights)
-        decoder = None if self.config.decoder.kind == "greedy" else self.decoder
+        decoder = None if self.config.decoder.kind == "greedy" else self._build_decoder(tokens)
         return Recogniser(model, tokens, data.sample_rate_hz, decoder)
 
     def utterances(self, split: Split, count: int) -> list[tuple[Tensor, str]]:
@@ -109,8 +109,12 @@ class Speech(Recipe[SpeechRunConfig]):
         Raises:
             UserError: its language model cannot be had, or does not fit.
         """
+        return self._build_decoder(self.tokens)
+
+    def _build_decoder(self, tokens: Tokens) -> Decoder:
+        """The corpus is opened only where the language model is made from its transcripts."""
         folder = columns.folder_for(self.config.data.path / "train")
-        return self.config.decoder.build(Source(self.tokens, lambda: self.build_dataset("train"), folder))
+        return self.config.decoder.build(Source(tokens, lambda: self.build_dataset("train"), folder))
 
     def step(self, model: nn.Module, batch: Batch, state: State | None = None) -> StepOutput:
         log_probs, lengths, middle = model(batch["audio"], batch["lengths"], batch["noise_keys"], batch["valid"])

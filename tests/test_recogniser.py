@@ -17,7 +17,9 @@ from trainer import config as configuration
 from trainer import recipe, recogniser, sounds
 from trainer.__main__ import main, run
 from trainer.data.audio import FeaturesConfig
-from trainer.data.text import Characters
+from trainer.data.text import Characters, label_of_space
+from trainer.decoding import greedy
+from trainer.decoding.ngram import estimate
 from trainer.engine import initialise
 from trainer.errors import UserError
 from trainer.models.acoustic import AcousticConfig, AcousticModel
@@ -97,6 +99,26 @@ def test_a_decoder_has_the_last_word_at_each_pause() -> None:
     assert heard.first_frame == 0
 
 
+@pytest.mark.parametrize(
+    ("parts", "wanted"),
+    [(("ab", "cd"), "abcd"), (("ab ", "cd"), "ab cd"), (("ab", " cd"), "ab cd"), ((" ab ", " ", " cd "), "ab cd")],
+)
+def test_words_stay_apart_at_a_pause_where_a_search_leaves_spaces_out_at_its_ends(parts, wanted) -> None:
+    letters = Characters(LETTERS)
+
+    def search(log_probs, lengths):
+        return [letters.encode(letters.decode(labels).strip()) for labels in greedy(log_probs, lengths)]
+
+    heard = Hypothesis(search, 0.04, label_of_space(letters))
+    for part in parts:
+        heard.push(torch.eye(len(letters))[letters.encode(part) + [0] * 25])
+    assert letters.decode(heard.labels) == wanted
+    heard.push(torch.eye(len(letters))[letters.encode(" e")])
+    assert " ".join(letters.decode(heard.labels).split()) == f"{wanted} e"  # still to come
+    heard.finish()
+    assert letters.decode(heard.labels) == f"{wanted} e"
+
+
 @pytest.mark.parametrize(("rate", "wanted"), [(8000, 16000), (44100, 16000), (48000, 8000), (11025, 16000)])
 def test_a_rate_is_converted_in_pieces_as_at_once(rate: int, wanted: int) -> None:
     wave = torch.from_numpy(sound(1.3, rate))
@@ -144,6 +166,18 @@ def test_files_and_pipes_say_the_same_without_the_corpus(exported, tmp_path, cap
         for block in blocks:
             stream.push(block)
         assert stream.finish() == want
+
+
+def test_a_beam_search_needs_no_corpus_where_its_ngram_is_a_file(exported, tmp_path) -> None:
+    path = tmp_path / "letters.arpa"
+    estimate([list("abcabc"), list("cab")], 2, vocabulary=Characters(LETTERS).names[1:]).write(path)
+    file = f"decoder.language_model={{kind: ngram, path: {path}}}"
+    made = trainer.load(exported, "decoder.kind=beam", "decoder.weight=2", file)
+    wave = sound(2.2)
+    (want,) = made.decoder(made.log_probs(wave)[None], torch.tensor([len(made.log_probs(wave))]))
+    assert made.transcribe(wave) == Characters(LETTERS).decode(want) != trainer.load(exported).transcribe(wave)
+    with pytest.raises(UserError, match="nowhere"):
+        trainer.load(exported, "decoder.kind=beam")
 
 
 def test_what_cannot_be_heard_is_the_users_to_mend(exported, tmp_path, monkeypatch, capsys) -> None:

@@ -1,6 +1,5 @@
 """Actions: heads and counts are what they say, and the commands of docs/video.md run from files to the report."""
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from trainer.__main__ import main
 from trainer.config import PROJECT
 from trainer.data import actions, gestures
 from trainer.engine import initialise
+from trainer.evaluation import read_evaluation
 from trainer.models.rnn import RNNConfig
 
 TINY = ["tracking.wandb=disabled", "max_epochs=2", "model.rnn.hidden_size=8", "data.sampling.frames=6"]
@@ -133,8 +133,7 @@ def run(config: str, runs: Path, *more: str) -> dict[str, Any]:
         assert main([verb, what, *arguments]) == 0, verb
         verbs.append(verb)
     assert verbs[:3] == ["prepare", "train", "evaluate"]
-    found: dict[str, Any] = json.loads((runs / f"video_action-{config}/evaluation/test.json").read_text())
-    return found
+    return read_evaluation(runs / f"video_action-{config}/evaluation/test.json")
 
 
 def test_from_the_package_to_the_report(

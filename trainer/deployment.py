@@ -23,7 +23,7 @@ from trainer.data.text import Tokens
 from trainer.metrics import edits
 from trainer.models.fixed_step import FixedStep
 from trainer.models.streaming import AcousticStream
-from trainer.recogniser import Hypothesis, Recogniser
+from trainer.recogniser import Recogniser
 
 Call = Callable[[Sequence[Tensor]], list[Tensor]]
 """Inputs of a step -> its outputs."""
@@ -266,7 +266,7 @@ def _measure(
 
 
 def _text(log_probs: Tensor, recogniser: Recogniser, tokens: Tokens) -> str:
-    heard = Hypothesis(recogniser.decoder, recogniser.frame_seconds)
+    heard = recogniser.hypothesis()
     heard.push(log_probs)
     heard.finish()
     return tokens.decode(heard.labels)

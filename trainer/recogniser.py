@@ -25,7 +25,7 @@ from trainer import checkpoint, sounds
 from trainer import config as configuration
 from trainer.config import show
 from trainer.data.audio import LogMel
-from trainer.data.text import BLANK, Tokens
+from trainer.data.text import BLANK, Tokens, label_of_space
 from trainer.errors import UserError
 from trainer.models.acoustic import AcousticModel
 from trainer.models.streaming import AcousticStream, for_inference
@@ -53,15 +53,18 @@ class Hypothesis:
     Args:
         decoder: None for the best path.
         frame_seconds: of an output frame.
+        space: the label between words, if there is one. A decoder may leave it out at the ends of what it gets; where
+            the best path has it at a pause, it stands.
     """
 
-    def __init__(self, decoder: Decoder | None, frame_seconds: float) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder | None, frame_seconds: float, space: int | None = None) -> None:
+        self._decoder, self._space = decoder, [] if space is None else [space]
         self._pause, self._longest = round(PAUSE_SECONDS / frame_seconds), round(LONGEST_SECONDS / frame_seconds)
         self.frames = 0
         self.first_frame: int | None = None
         """The frame of the first label."""
         self._final: list[int] = []
+        self._between: list[int] = []  # a space that came after what is final
         self._begin()
 
     def _begin(self) -> None:
@@ -73,7 +76,8 @@ class Hypothesis:
     @property
     def labels(self) -> list[int]:
         """Without blanks."""
-        return self._final + self._labels
+        meet = self._final and self._labels and self._between not in (self._final[-1:], self._labels[:1])
+        return self._final + (self._between if meet else []) + self._labels
 
     def push(self, log_probs: Tensor) -> None:
         """Take the log-probabilities (T, V) of new frames."""
@@ -101,9 +105,15 @@ class Hypothesis:
     def finish(self) -> None:
         """What is heard up to here is final."""
         if self._decoder is not None and self._labels:
-            part = torch.cat(self._part)[None]
+            part, path = torch.cat(self._part)[None], self._labels
             (self._labels,) = self._decoder(part, torch.tensor([part.shape[1]]))
-        self._final += self._labels
+            if path[:1] == self._space:
+                self._between = self._space
+            self._final = self.labels
+            if self._labels or path[-1:] == self._space:
+                self._between = self._space if path[-1:] == self._space else []
+        else:
+            self._final += self._labels
         before = self._before  # a label that is cut in two is one all the same
         self._begin()
         self._before = before
@@ -143,6 +153,10 @@ class Recogniser:
         """The key that keeps the model from running while sound comes, None if it can."""
         reason = self.model.config.cannot_stream()
         return None if reason is None else f"model.{reason}"
+
+    def hypothesis(self) -> Hypothesis:
+        """Of a recording whose log-probabilities come piece by piece."""
+        return Hypothesis(self.decoder, self.frame_seconds, label_of_space(self.tokens))
 
     def stream(self) -> "Stream":
         """Recognition of sound that comes piece by piece.
@@ -184,7 +198,7 @@ class Recogniser:
             blocks = sounds.of_file(Path(sound), self.sample_rate_hz)
         else:
             blocks = sounds.of_samples(samples(sound), sample_rate_hz or self.sample_rate_hz, self.sample_rate_hz)
-        heard = Hypothesis(self.decoder, self.frame_seconds)
+        heard = self.hypothesis()
         for part in self.pieces(blocks):
             heard.push(part)
         heard.finish()
@@ -228,7 +242,7 @@ class Stream:
         self.recogniser = recogniser
         self._features = recogniser.features.stream()
         self._model = AcousticStream(recogniser.model)
-        self.heard = Hypothesis(recogniser.decoder, recogniser.frame_seconds)
+        self.heard = recogniser.hypothesis()
         self.seconds = 0.0
 
     def push(self, sound: NDArray[Any] | Tensor) -> str:
@@ -276,7 +290,7 @@ def samples(sound: NDArray[Any] | Tensor) -> Tensor:
 
 def load(run: str | Path, overrides: Sequence[str] = ()) -> Recogniser:
     """The recogniser of a run's best checkpoint, or of a folder that `export` wrote; the corpus is not needed, but
-    where labels are subwords and it was not exported.
+    where labels are subwords and it was not exported, or the decoder's n-gram is one of its transcripts.
 
     Args:
         overrides: `key=value` that change the saved configuration.

@@ -342,6 +342,13 @@ class Subwords:
         return [(word, a, b) for word, a, b in found if word]
 
 
+def label_of_space(tokens: Tokens) -> int | None:
+    """The label of the space between words; None where none has one (phones, and pieces of words, which begin one)."""
+    names = tokens.names
+    pieces = any(name.startswith(SPACE) and name != SPACE for name in names)
+    return names.index(SPACE) if SPACE in names and not pieces else None
+
+
 def ctc_frames(labels: Sequence[Any]) -> int:
     """Frames that CTC needs at least: one a label and a blank between equal neighbours (Graves et al. 2006).
 

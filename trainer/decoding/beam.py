@@ -25,7 +25,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.data.text import BLANK, SPACE, Phones, UnknownCharacterError
+from trainer.data.text import BLANK, Phones, UnknownCharacterError, label_of_space
 from trainer.decoding.base import without_blanks
 from trainer.decoding.language_models import LanguageModelConfig, NgramConfig, Source, none, score_texts
 from trainer.errors import UserError
@@ -97,7 +97,7 @@ class Beam:
         self.tokens = source.tokens
         self.model = config.language_model.build(source) if config.language_model else none()
         names = source.tokens.names
-        self.space = names.index(SPACE) if SPACE in names and not _pieces(names) else None
+        self.space = label_of_space(source.tokens)
         self._trie = self._lexicon(names) if self.model.vocabulary is not None else None
         self._search = self._searcher(config.weight, config.word_score)
         self._scorer = Scorer.load(config.rescore.run) if config.rescore else None
@@ -199,8 +199,3 @@ class Beam:
             if label != self.space or (kept and kept[-1] != self.space):
                 kept.append(label)
         return kept[:-1] if kept and kept[-1] == self.space else kept
-
-
-def _pieces(names: list[str]) -> bool:
-    """Whether labels are pieces of words, some of which begin a word."""
-    return any(name.startswith(SPACE) and name != SPACE for name in names)

@@ -109,7 +109,7 @@ class NgramConfig(Config):
             except OSError as error:
                 raise UserError(
                     f"{show(path)}: cannot be written: {error.strerror}; write an n-gram elsewhere with the verb "
-                    "ngram, and name it with decoder.language_model.path=FILE"
+                    "ngram, and name it with decoder.language_model='{kind: ngram, path: FILE}'"
                 ) from error
         return path
 

@@ -109,9 +109,7 @@ def _stream(recogniser: "Recogniser", name: str, blocks: "Iterator[Tensor]", par
 
 def _whole(recogniser: "Recogniser", name: str, blocks: "Iterator[Tensor]") -> None:
     """One recording by a model that needs the whole of it."""
-    from trainer.recogniser import Hypothesis
-
-    heard = Hypothesis(recogniser.decoder, recogniser.frame_seconds)
+    heard = recogniser.hypothesis()
     start = time.perf_counter()
     for part in recogniser.pieces(blocks):
         heard.push(part)

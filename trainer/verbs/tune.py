@@ -1,7 +1,7 @@
 """Chooses the weight and the word score of a beam search on the validation split, and records them.
 
     ./launch.sh tune speech-tones
-    ./launch.sh tune speech-tones decoder.language_model='{path: words.arpa, units: words}'
+    ./launch.sh tune speech-tones decoder.language_model='{kind: ngram, path: words.arpa, units: words}'
 
 Writes RUN/decoder.yaml. After that `./launch.sh evaluate RUN decoder=tuned` decodes with it. The test split is not
 looked at. Other keys of the decoder are taken as they are given.
