@@ -78,6 +78,21 @@ def test_festvox_is_read_from_an_unpacked_voice(tmp_path: Path, below: str) -> N
     assert {u.split for u in found} == {None}
 
 
+def test_festvox_is_read_as_phones(tmp_path: Path) -> None:
+    voice = make_voice(tmp_path)
+    (voice / "lab").mkdir()
+    for n, phones in enumerate(("pau d aa pau", "nn ee t", "oo k n pau a"), 1):
+        lines = [f"{0.1 * i:.5f} 125 {phone}\n" for i, phone in enumerate(phones.split(), 1)]
+        (voice / f"lab/ru_{n:04d}.lab").write_text("#\n" + "".join(lines))
+    found = FestvoxRuConfig(path=tmp_path, labels="phones").utterances(tmp_path / "data", no_progress)
+    assert [u.text for u in found] == ["d aa", "nn ee t", "oo k n a"]
+
+    with (voice / "lab/ru_0002.lab").open("a") as file:
+        file.write("0.4 oo\n")
+    with pytest.raises(UserError, match=r"ru_0002\.lab line 5: '0.4 oo': wanted END COLOUR PHONE; mend the line"):
+        FestvoxRuConfig(path=tmp_path, labels="phones").utterances(tmp_path / "data", no_progress)
+
+
 def test_festvox_names_bad_lines(tmp_path: Path) -> None:
     voice = make_voice(tmp_path)
     (voice / "wav/ru_0002.wav").unlink()
