@@ -90,7 +90,7 @@ def test_every_corpus_is_in_the_table_and_its_command_loads() -> None:
     kinds = {member.model_fields["kind"].default for member in typing.get_args(typing.get_args(CorpusConfig)[0])}
     assert set(re.findall(r"^\| [^|]* \| `(\w+)` \|", text, re.M)) - {"data.corpus.kind"} == kinds
     commands = re.findall(r"`prepare (speech/\w+)([^`]*)`", text)
-    assert len(commands) == 9
+    assert len(commands) == 10
     for config, arguments in commands:
         loaded = recipe.load(config, arguments.split()).config
         assert f"| `{loaded.data.corpus.kind}` |" in text

@@ -53,8 +53,8 @@ class Hypothesis:
     Args:
         decoder: None for the best path.
         frame_seconds: of an output frame.
-        space: the label between words, if there is one. A decoder may leave it out at the ends of what it gets; where
-            the best path has it at a pause, it stands.
+        space: the label between words, if there is one. It comes at each pause, where nets that were trained on single
+            sentences have none, and where the best path has it at an end of a part, which a decoder may leave out.
     """
 
     def __init__(self, decoder: Decoder | None, frame_seconds: float, space: int | None = None) -> None:
@@ -91,29 +91,34 @@ class Hypothesis:
             self._blanks = self._blanks + 1 if label == BLANK else 0
             self._length += 1
             self.frames += 1
-            paused = self._blanks >= self._pause or (self._length >= self._longest and label == BLANK)
-            if paused or self._length >= 2 * self._longest:
+            long = self._length >= self._longest and label == BLANK
+            if self._blanks >= self._pause or long or self._length >= 2 * self._longest:
                 self._keep(log_probs[start : t + 1])
                 start = t + 1
-                self.finish()
+                self.finish(pause=self._blanks >= self._pause)
         self._keep(log_probs[start:])
 
     def _keep(self, log_probs: Tensor) -> None:
         if self._decoder is not None and len(log_probs):
             self._part.append(log_probs)
 
-    def finish(self) -> None:
-        """What is heard up to here is final."""
-        if self._decoder is not None and self._labels:
-            part, path = torch.cat(self._part)[None], self._labels
+    def finish(self, pause: bool = False) -> None:
+        """What is heard up to here is final.
+
+        Args:
+            pause: whether a word ends here.
+        """
+        path = self._labels
+        if self._decoder is not None and path:
+            part = torch.cat(self._part)[None]
             (self._labels,) = self._decoder(part, torch.tensor([part.shape[1]]))
-            if path[:1] == self._space:
-                self._between = self._space
-            self._final = self.labels
-            if self._labels or path[-1:] == self._space:
-                self._between = self._space if path[-1:] == self._space else []
-        else:
-            self._final += self._labels
+        if path and path[:1] == self._space:
+            self._between = self._space
+        self._final = self.labels
+        if pause or (path and path[-1:] == self._space):
+            self._between = self._space
+        elif self._labels:
+            self._between = []
         before = self._before  # a label that is cut in two is one all the same
         self._begin()
         self._before = before
