@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from tests.helpers import overrides
 from trainer import bench_scaling
@@ -42,6 +44,45 @@ def test_runs_are_measured(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert set(result["audio_hours_per_second"]) == {"one process", "2 processes", "2 copies"}
     assert all(speed["median"] > 0 for speed in result["audio_hours_per_second"].values())
     assert {row["devices"] for row in result["forecast"]} == {8, 64, 512}
+
+
+@pytest.mark.parametrize(
+    ("rnn", "kind", "weights"),
+    [
+        ("{cell: {kind: gru}, directions: concat}", "recurrences (our kernels)", 2 * 3 * 32 * 32),
+        (
+            "{cell: {kind: gru}, structure: {kind: block_diagonal, num_blocks: 4}}",
+            "recurrences (our kernels)",
+            3 * 32 * 8,
+        ),
+        ("{cell: {kind: gru}, structure: {kind: diagonal}}", "recurrences (our kernels)", 3 * 32),
+        ("{cell: {kind: lstm}}", "LSTM (oneDNN): input and recurrence", 4 * 32 * (32 + 32)),
+    ],
+)
+def test_operations_are_counted(rnn: str, kind: str, weights: int) -> None:
+    """Two for each recurrent weight, frame and row; what is not recurrent as torch counts it."""
+    from trainer.bench_utilization import PRODUCTS, count
+    from trainer.models.rnn import RNNConfig
+
+    config = RNNConfig.model_validate(yaml.safe_load(rnn) | {"hidden_size": 32, "num_layers": 1})
+    net, head = config.build(32), torch.nn.Linear(config.output_size, 5)
+    x = torch.randn(3, 7, 32, requires_grad=True)
+    counted = count(lambda: head(net(x, torch.tensor([7, 5, 7]))[0]))
+    assert counted[kind] == 2 * weights * 3 * 7
+    gates, ways = (4, 1) if kind.startswith("LSTM") else (3, config.output_size // 32)
+    inputs = 0 if kind.startswith("LSTM") else 2 * ways * gates * 32 * 32 * 3 * 7
+    assert counted[PRODUCTS] == inputs + 2 * 5 * config.output_size * 3 * 7
+
+
+def test_utilization_is_of_a_step(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "utilization.json"
+    small = overrides(corpus, tmp_path)
+    assert main(["bench", "utilization", "speech/tones", *small, "--repetitions=1", f"--json={out}"]) == 0
+    result = json.loads(out.read_text())
+    assert 0 < result["utilization"] < 1
+    assert result["utilization"] == pytest.approx(
+        sum(result["flops"].values()) / result["step_seconds"] / result["peak"]
+    )
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@
     ./launch.sh bench language                   tokens a second of language models against torch's parts
     ./launch.sh bench plan speech/read_ru        time and memory of index and plan of large synthetic corpora, padding
     ./launch.sh bench memory speech/read_ru_deep resident size of a training pass by depth and batch
+    ./launch.sh bench utilization speech/read_ru model FLOPs utilisation of a training step
     ./launch.sh bench batch-size speech/read_ru  the largest safe plan.micro_batch_seconds on this device
 
 The rivals stand in trainer/bench.py, bench_loader.py, bench_orthogonal.py and bench_language.py, and in
@@ -27,7 +28,18 @@ from trainer.verbs import add_overrides
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["step", "loader", "kernels", "orthogonal", "language", "plan", "memory", "batch-size", "scaling"],
+        choices=[
+            "step",
+            "loader",
+            "kernels",
+            "orthogonal",
+            "language",
+            "plan",
+            "memory",
+            "utilization",
+            "batch-size",
+            "scaling",
+        ],
     )
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="speech/read_ru")
     add_overrides(parser)
@@ -58,6 +70,7 @@ def main(arguments: argparse.Namespace) -> int:
         "language": _language,
         "plan": _plan,
         "memory": _memory,
+        "utilization": _utilization,
         "batch-size": _batch_size,
         "scaling": _scaling,
     }
@@ -319,6 +332,36 @@ def _memory(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     console.print(table)
     return {"config": arguments.config, "seconds": bench_memory.SECONDS, "rows": rows}
+
+
+def _utilization(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a step needs by kind, and the share of what the device could have done meanwhile."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer import bench_utilization, distributed
+
+    ranks = distributed.start()
+    try:
+        result = bench_utilization.measure(arguments.config, arguments.overrides, ranks, arguments.repetitions)
+    finally:
+        distributed.stop()
+    total = sum(result["flops"].values())
+    table = Table(title=f"{arguments.config}: a training step of one process")
+    for heading in ("", "GFLOP, forward and backward", "share"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, flops in sorted(result["flops"].items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{flops / 1e9:,.2f}", f"{flops / total:.1%}")
+    table.add_row("together", f"{total / 1e9:,.2f}", "100.0%")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{1000 * result['step_seconds']:.0f} ms a step (median of {arguments.repetitions}): "
+        f"{total / result['step_seconds'] / 1e9:,.0f} of {result['peak'] / 1e9:,.0f} GFLOP/s that a product of large "
+        f"matrices reaches: model FLOPs utilisation {result['utilization']:.1%}",
+        highlight=False,
+    )
+    return {"config": arguments.config, **result}
 
 
 def _batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
