@@ -75,12 +75,18 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
         raise RuntimeError("ostinato::recurrence was called with save=False, and a gradient through it is asked for")
     y, _, _, saved = output
     ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)  # else autograd fills a tensor with zeros for `saved`, the largest of them
     ctx.save_for_backward(y, saved, *tensors)
     ctx.options = (cell, reverse, zoneout)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dh: Tensor, dc: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, _: None) -> tuple[Any, ...]:
     y, saved, *tensors = ctx.saved_tensors
+    cell = ctx.options[0]
+    dy = torch.zeros_like(y) if dy is None else dy
+    last = y.shape[1:]
+    dh = y.new_zeros(last) if dh is None else dh
+    dc = y.new_zeros(last if cell == "lstm" else 0) if dc is None else dc
     du, dweight, dh0, dc0, dbias = torch.ops.ostinato.recurrence_backward(dy, dh, dc, y, saved, *tensors, *ctx.options)
     h0, c0, bias = tensors[3:6]
     return (

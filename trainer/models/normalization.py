@@ -23,7 +23,7 @@ class MaskedBatchNorm(nn.Module):
         size: D.
 
     Shape:
-        x: (B, T, D), mask: (B, T), None for all frames -> (B, T, D)
+        x: (B, T, D), mask: (B, T), None for all frames -> (B, T, D); or time before rows in all three
     """
 
     running_mean: Tensor

@@ -173,11 +173,13 @@ class RNN(nn.Module):
         gated = self.config.cell.kind != "rnn"
         given: Sequence[State | None] = states or [None] * len(self.layers)
         stack = zip(self.norms, self.layers, self.dropouts, given, strict=True)
+        frames = None if mask is None else mask.T
+        # From here on x lies in memory as (T, B, D), whichever way it is looked at.
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
         for i, (norm, layer, dropout, state) in enumerate(stack):
-            inputs = norm(x, mask)
+            inputs = norm(x.transpose(0, 1), frames)
             if not i:
-                inputs = self.regularizer.input(inputs, noise_keys)
-            inputs = inputs.transpose(0, 1).contiguous()  # (T, B, D)
+                inputs = self.regularizer.input(inputs.transpose(0, 1), noise_keys).transpose(0, 1).contiguous()
             width = self.config.of_layer(i).hidden_size * len(layer)  # type: ignore[arg-type]
             y, last = layer(inputs, lengths, self.regularizer.draw(i, inputs, width, noise_keys, gated), state)
             carried.append(last[0])
@@ -189,7 +191,7 @@ class RNN(nn.Module):
             clean, y = y, self.regularizer.output(i, dropout(y, noise_keys), noise_keys)
             self.regularizer.watch(i, clean, y, lengths)
             x = x + y if self.config.residual and x.shape == y.shape else y
-        x = self.final_norm(x, mask)
+        x = self.final_norm(x.transpose(0, 1), frames).transpose(0, 1)
         return x if mask is None else x * mask[..., None], hidden, carried
 
     def _propagate(self, x: Tensor, lengths: Tensor | None, noise_keys: Tensor | None) -> tuple[Tensor, list[Tensor]]:
