@@ -26,6 +26,7 @@ from trainer import config as configuration
 from trainer.config import show
 from trainer.data.audio import LogMel
 from trainer.data.text import BLANK, Tokens, label_of_space
+from trainer.decoding.tuning import with_recorded
 from trainer.errors import UserError
 from trainer.models.acoustic import AcousticModel
 from trainer.models.streaming import AcousticStream, for_inference
@@ -330,5 +331,5 @@ def open_weights(
     directory = RunDirectory.existing(str(run))
     best = checkpoint.best(directory.checkpoints)
     labels = best.state["data"]["train"]
-    recipe = from_plain(directory.saved_config(), show(directory.config), overrides)
+    recipe = from_plain(directory.saved_config(), show(directory.config), with_recorded(overrides, directory))
     return recipe, best.weights(), labels, directory.path

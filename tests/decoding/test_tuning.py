@@ -6,7 +6,7 @@ import pytest
 
 from trainer import config as configuration
 from trainer.decoding import BeamConfig
-from trainer.decoding.tuning import best, record, recorded, search
+from trainer.decoding.tuning import best, record, search, with_recorded
 from trainer.errors import UserError
 from trainer.run import RunDirectory
 
@@ -29,13 +29,15 @@ def test_the_lowest_point_of_a_bowl_is_found(goal: tuple[float, float]) -> None:
 def test_what_is_recorded_is_what_decodes(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with pytest.raises(UserError, match=r"decoder.yaml: is missing; decoder=tuned needs"):
-        recorded(run)
+        with_recorded(["decoder=tuned"], run)
     decoder = BeamConfig(weight=0.35, word_score=-0.5, language_model=None)
     record(run, configuration.plain(decoder), {"split": "valid"})
     source = configuration.Source()
     source.set("decoder", {"kind": "beam", "weight": 9.0, "language_model": {"kind": "run", "run": "x"}}, "the run")
-    configuration.override(source, recorded(run))
+    given = with_recorded(["seed=3", "decoder=tuned"], run)
+    assert given[0] == "seed=3"
+    configuration.override(source, given)
     assert BeamConfig.model_validate(source.values["decoder"]) == decoder
     (tmp_path / "decoder.yaml").write_text("decoder: 3\n")
     with pytest.raises(UserError, match="is not what `tune` writes"):
-        recorded(run)
+        with_recorded(["decoder=tuned"], run)

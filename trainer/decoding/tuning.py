@@ -13,6 +13,7 @@ from trainer.decoding.base import greedy
 from trainer.errors import UserError
 from trainer.run import RunDirectory
 
+TUNED = "decoder=tuned"
 FILE = "decoder.yaml"
 """In a run directory: the decoder that `tune` recorded."""
 MAX_WEIGHT = 4.0
@@ -96,16 +97,19 @@ def record(run: RunDirectory, decoder: dict[str, Any], facts: dict[str, Any]) ->
     temporary.replace(run.path / FILE)
 
 
-def recorded(run: RunDirectory) -> list[str]:
-    """The overrides for what `record` wrote.
+def with_recorded(overrides: Sequence[str], run: RunDirectory) -> list[str]:
+    """The overrides with what `record` wrote in place of `decoder=tuned`.
 
     Raises:
         UserError: nothing was recorded, or it is damaged.
     """
+    if TUNED not in overrides:
+        return list(overrides)
     path = run.path / FILE
     if not path.is_file():
         raise UserError(f"{show(path)}: is missing; decoder=tuned needs `./launch.sh tune {run.path.name}` before it")
     found = configuration.load_yaml(path).get("decoder")
     if not isinstance(found, dict):
         raise UserError(f"{show(path)}: is not what `tune` writes; delete it and tune again")
-    return [f"decoder={json.dumps(found, ensure_ascii=False)}"]
+    tuned = f"decoder={json.dumps(found, ensure_ascii=False)}"
+    return [tuned if override == TUNED else override for override in overrides]

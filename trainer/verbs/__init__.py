@@ -58,6 +58,7 @@ def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunD
         UserError: no such run or split, or the weights do not fit.
     """
     from trainer.config import differences, plain, show
+    from trainer.decoding.tuning import with_recorded
     from trainer.errors import UserError
     from trainer.recipe import Split, from_plain
 
@@ -66,6 +67,7 @@ def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunD
     if split is None:
         raise UserError(f"the command line: split = {given!r}: wanted train, valid or test")
     run = find_run(arguments.run)
+    overrides = with_recorded(overrides, run)
     saved = run.saved_config()
     trained, recipe = from_plain(saved, show(run.config)), from_plain(saved, show(run.config), overrides)
     changed = [d for d in differences(plain(trained.config), recipe.config) if d[0].startswith("model.")]

@@ -38,11 +38,6 @@ def main(arguments: argparse.Namespace) -> int:
     resample = given or RESAMPLE[0]
     if resample not in RESAMPLE:
         raise UserError(f"the command line: resample = {resample!r}: wanted {' or '.join(RESAMPLE)}")
-    if "decoder=tuned" in arguments.overrides:
-        from trainer.decoding.tuning import recorded
-
-        at = arguments.overrides.index("decoder=tuned")
-        arguments.overrides[at : at + 1] = recorded(find_run(arguments.run))
     run, recipe, split = open_run(arguments)
 
     from dataclasses import asdict

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     from trainer.config import show
+    from trainer.decoding.tuning import with_recorded
     from trainer.errors import UserError
     from trainer.recipe import Recipe, from_plain
     from trainer.transfer import export
@@ -49,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
     if split not in (None, "train", "valid", "test"):
         raise UserError(f"the command line: split = {split!r}: wanted train, valid or test")
     run = find_run(arguments.run)
-    recipe = from_plain(run.saved_config(), show(run.config), overrides)
+    recipe = from_plain(run.saved_config(), show(run.config), with_recorded(overrides, run))
     folder = Path(to) if to else run.path / "export"
     facts = export(run, folder)
     print(f"{show(folder / 'weights.pt')}: {facts['numbers']:,} numbers, step {facts['step']}")

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sound", metavar="SOUND", nargs="+", help="files, - or microphone; key=value change the run's settings"
     )
+    parser.set_defaults(overrides=[])  # those that stand behind an option
     parser.add_argument("--chunk-ms", type=float, default=80.0, help="sound that is taken at a time (default 80)")
     parser.add_argument("--rate", type=int, help="samples a second of standard input without a header")
     parser.add_argument("--final", action="store_true", help="no partial results")
@@ -54,7 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     overrides = [name for name in arguments.sound if KEY.match(name) and not Path(name).exists()]
     arguments.sound = [name for name in arguments.sound if name not in overrides]
-    recogniser = load(arguments.run, overrides)
+    recogniser = load(arguments.run, [*overrides, *arguments.overrides])
     seconds = arguments.chunk_ms / 1000
     for name in arguments.sound:
         live = name in ("-", "microphone")
