@@ -85,6 +85,7 @@ MODULES = {
     "pyyaml": "yaml",
     "pillow": "PIL",
     "ufal-flashlight-text": "flashlight",
+    "zlib-ng": "zlib_ng",
 }  # packages whose module has another name
 EXTRAS = {
     "botocore": "remote",

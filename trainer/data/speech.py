@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tarfile
-import zlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor
+from zlib_ng import zlib_ng
 
 from trainer import keyed
 from trainer.config import Config, Free, show
@@ -207,6 +208,7 @@ class SpeechDataset:
         self._reading = self.prepared.reading(config.text)
         self._alphabet = config.text.alphabet or self.prepared.alphabet
         self.log_mel = build_log_mel(config, self.prepared)
+        self._own = threading.local()
         self._shortest = self._clip(self.log_mel.silence())
         self.training = split == "train"
         sound = self.training and config.features.kind == "log_mel"
@@ -325,19 +327,24 @@ class SpeechDataset:
             raise AudioError("shard is cut short", f"{len(content)} of {size} bytes at {offset}")
         return content
 
-    def waveform(self, row: int, entry: Entry | None = None) -> NDArray[np.float32]:
+    def waveform(
+        self, row: int, entry: Entry | None = None, room: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
         """Samples (N,) of one recording, or its feature matrix (T, F).
+
+        Args:
+            room: where samples may be decoded to, in place of memory of their own.
 
         Raises:
             AudioError: it cannot be read; the text is the reason.
         """
         entry = entry or self.index.entries[row]
         content = self._read(row, entry.audio_offset, entry.audio_size)
-        intact = zlib.crc32(content) == entry.audio_crc32
+        intact = zlib_ng.crc32(content) == entry.audio_crc32
         if not intact and not content.strip(b"\0"):
             raise AudioError("zero bytes", f"{len(content)} of them in place of sound")
         try:
-            samples = self.log_mel.decode(content, intact)
+            samples = self.log_mel.decode(content, intact, room)
         except AudioError as error:  # says more than the checksum does
             changed = "" if intact else "; its bytes are not those that were indexed"
             raise AudioError(error.reason, error.detail + changed) from error
@@ -356,7 +363,7 @@ class SpeechDataset:
         """
         entry = entry or self.index.entries[row]
         content = self._read(row, entry.text_offset, entry.text_size)
-        if zlib.crc32(content) != entry.text_crc32:
+        if zlib_ng.crc32(content) != entry.text_crc32:
             raise AudioError("transcript's checksum differs from the index")
         try:
             text, outside = self._reading.normalise(transcript(content), self._alphabet)
@@ -387,14 +394,17 @@ class SpeechDataset:
             return None
         return None if speaker is None else str(speaker)
 
-    def _sample(self, row: int, speed: float) -> tuple[Tensor, list[int]]:
+    def _sample(self, row: int, speed: float, room: NDArray[np.float32] | None = None) -> tuple[Tensor, list[int]]:
         """Waveform as the model gets it, and labels.
+
+        Args:
+            room: where samples may be decoded to; the waveform may lie there then.
 
         Raises:
             AudioError: something is wrong with it.
         """
         entry = self.index.entries[row]
-        samples = torch.from_numpy(self.waveform(row, entry))
+        samples = torch.from_numpy(self.waveform(row, entry, room))
         try:
             labels = self.tokens.encode(self.text(row, entry))
         except UnknownCharacterError as error:
@@ -420,6 +430,7 @@ class SpeechDataset:
             if (ahead := self._ahead(micro_batch.epoch, shards)) is not None:
                 self._cache.prefetch(ahead)
         audio = self._empty(micro_batch)
+        room = self._room(int(self.index.num_samples[list(micro_batch.samples)].max()))
         places, faults = [], []
         for b, (row, speed) in enumerate(zip(micro_batch.samples, micro_batch.speeds, strict=True)):
             name = self.index.keys[row]
@@ -427,7 +438,7 @@ class SpeechDataset:
             places.append(place)
             with reading(self._names[self.index.shard[row]], name):
                 try:
-                    wave, place.labels = self._sample(row, speed)
+                    wave, place.labels = self._sample(row, speed, room)
                     if self.wave_augment is not None:
                         wave = self.wave_augment(wave, place.noise_key)
                     if not self.training:
@@ -438,6 +449,13 @@ class SpeechDataset:
                     wave = self.log_mel.silence()
                 self._fill(audio[b], place, wave)
         return self._finish(audio, places, faults)
+
+    def _room(self, num_samples: int) -> NDArray[np.float32]:
+        """This thread's place for one clip, used again and again so that it stays in the cache."""
+        room: NDArray[np.float32] | None = getattr(self._own, "room", None)
+        if room is None or len(room) < num_samples:
+            room = self._own.room = np.empty(num_samples, np.float32)
+        return room
 
     def dummy(self) -> Batch:
         """Silence just long enough for one frame, not valid."""
@@ -466,10 +484,12 @@ class SpeechDataset:
 
     def _fill(self, row: Tensor, place: "_Place", wave: Tensor) -> None:
         """All that is to be computed of a clip, and zeros after it."""
-        clip = self._clip(wave)
-        place.length, place.seconds = len(clip), len(wave) / self.config.rate_hz
-        place.checksum = checksum(wave.numpy())
-        row[: place.length] = clip
+        if self.config.features.where == "worker":
+            place.length = len(self.log_mel.clip(wave, row))
+        else:
+            place.length = len(wave)
+            row[: place.length] = wave
+        place.seconds, place.checksum = len(wave) / self.config.rate_hz, checksum(wave.numpy())
         row[place.length :] = 0
 
     def _finish(self, audio: Tensor, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
@@ -540,7 +560,7 @@ def _open_cache(config: SpeechDataConfig, split: str, prepared: Prepared, plan: 
 
 def shard_file(shard: Path) -> ShardFile:
     """What `corpus.json` says of a shard that is there with its index."""
-    return ShardFile(bytes=shard.stat().st_size, index_crc32=zlib.crc32(index_path(shard).read_bytes()))
+    return ShardFile(bytes=shard.stat().st_size, index_crc32=zlib_ng.crc32(index_path(shard).read_bytes()))
 
 
 def label_settings(text: TextConfig) -> dict[str, Any]:

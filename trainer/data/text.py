@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -217,6 +218,8 @@ class TextConfig(Config):
             the text, without what is outside the alphabet, and how often each of that was in it.
         """
         text = text.lower() if self.lowercase else text
+        if not (self.map or self.phones) and (alphabet is None or _members(alphabet).issuperset(text)):
+            return " ".join(text.split()), Counter()  # for the most part
         units = text.split() if self.phones else list(text)
         if self.map:
             mapped = [self.map.get(unit, unit) for unit in units]
@@ -233,6 +236,11 @@ class TextConfig(Config):
             outside[" "] = text.count(" ")
             text = text.replace(" ", "")
         return text, outside
+
+
+@lru_cache(maxsize=8)
+def _members(alphabet: str) -> frozenset[str]:
+    return frozenset(alphabet)
 
 
 class Characters:
