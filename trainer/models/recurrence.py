@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels import reference
+from kernels import products, reference
 from trainer.models.block import Block
 from trainer.models.cells import GATES, TORCH, CellConfig, LSTMConfig
 from trainer.models.initialization import DefaultConfig
@@ -155,12 +155,14 @@ def _say_once(text: str) -> None:
 def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
     """Whether a dense layer is left to torch's own loop.
 
-    On a GPU that is cuDNN. On a CPU it is oneDNN, which torch uses for the LSTM alone and which ours does not beat
-    (docs/results.md); torch's RNN and GRU take a call of the matrix library a step, and lose to ours.
+    On a GPU that is cuDNN. On a CPU torch's RNN and GRU take a call of the matrix library a step, and lose to ours. Its
+    LSTM is oneDNN's, which ours beats where our input products are oneDNN's too and on one thread (docs/results.md).
     """
     if cell.name not in TORCH:
         return False
-    return weight.is_cuda or isinstance(cell, LSTMConfig) or not kernels.is_fast(weight, cell.name)
+    if weight.is_cuda or not kernels.is_fast(weight, cell.name):
+        return True
+    return isinstance(cell, LSTMConfig) and not (products.prefers_onednn() and torch.get_num_threads() == 1)
 
 
 def _torch(
