@@ -63,7 +63,7 @@ def speed(rows: list[dict[str, Any]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "read_ru")
-    parser.add_argument("--config", nargs="+", default=["speech/read_ru", "speech/read_ru_fast"], help="of ours")
+    parser.add_argument("--config", nargs="+", default=["speech/read_ru", "speech/read_ru_block"], help="of ours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--cores", type=int, default=2)
