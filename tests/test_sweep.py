@@ -1,5 +1,6 @@
 """A sweep runs every combination, survives being killed, loses nothing, and says what came of it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,13 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from trainer import recipe
 from trainer import sweep as sweeps
 from trainer.__main__ import main
-from trainer.config import PROJECT
-from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE
+from trainer.config import PROJECT, plain
+from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, UserError
 from trainer.sweep import DrawConfig, SweepConfig, VariantConfig
 
 TINY = [
@@ -83,11 +87,30 @@ def test_every_combination_is_a_run_and_the_table_has_them(whole: Path) -> None:
         assert row["steps"] == 6
         assert row["test"]["loss"] > 0
         assert row["test"]["loss"] != row["best"]
-    table = (whole / "runs/tiny/table.md").read_text()
-    assert table.count("./launch.sh train copying/t1000") == 6
+    table, page = ((whole / "runs/tiny" / name).read_text() for name in ("table.md", "report.html"))
+    assert table.count("./launch.sh train copying/t1000") == page.count("./launch.sh train copying/t1000") == 6
     assert "| optimizer.lr=0.03 |" in table
     assert "| best loss | test loss |" in table
     assert (whole / "runs/tiny/curves.png").stat().st_size > 1000
+
+
+def test_a_finished_run_of_other_settings_or_without_a_test_is_not_taken(whole: Path) -> None:
+    """The settings of CONFIG itself are in no run's name."""
+    sweep = sweeps.load(whole / "tiny.yaml")
+    point = sweeps.points(sweep, "tiny")[0]
+    folder, config = whole / "runs/tiny" / point.name, recipe.load(point.config, point.overrides).config
+    sweeps._check_same(folder, config)
+    for changed, told in (
+        (["model.hidden_size=9"], "model.hidden_size = 8, now 9"),
+        (["max_steps=7"], "max_steps = 6, now 7"),
+    ):
+        with pytest.raises(UserError, match=told):
+            sweeps._check_same(folder, recipe.load(point.config, [*point.overrides, *changed]).config)
+    row = sweeps.result_of(sweep, "tiny", point)
+    (folder / "result.json").write_text(json.dumps({**row, "test": {}}))
+    assert sweeps.result_of(sweep, "tiny", point) is None
+    assert sweeps.result_of(sweep, "tiny", dataclasses.replace(point, test=False))
+    (folder / "result.json").write_text(json.dumps(row))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "asked to stop"])
@@ -126,6 +149,9 @@ def test_a_run_that_fails_is_told_and_the_others_are_done(tmp_path: Path) -> Non
     [
         ({"grid": {"optimizer.lrr": [1]}}, "optimizer.lrr"),
         ({"grid": {"seed": [1]}, "random": {"seed": {"choices": [1]}}}, "grid and random are both given"),
+        ({"grid": {"seed": [1]}}, "seed: is set by the sweep itself"),
+        ({"grid": {}, "random": {"runs_dir": {"choices": ["a"]}}}, "runs_dir: is set by the sweep itself"),
+        ({"overrides": [*TINY, "name=mine"]}, "name: is set by the sweep itself"),
         ({"config": None}, "config is missing"),
         ({"seeds": []}, "seeds"),
         ({"random": {"optimizer.lr": {"low": 1}}, "grid": {}}, "wanted either choices, or low and high"),
@@ -162,6 +188,35 @@ def test_draws_follow_from_the_name_and_stay_inside() -> None:
     assert len({p.name for p in sweeps.points(sweep, "a")}) == 200
 
 
+def test_equal_runs_are_run_once() -> None:
+    """Two processes would meet in one run directory."""
+    draws = SweepConfig(config="copying/t1000", random={"model.hidden_size": DrawConfig(choices=(8, 9))}, seeds=(0, 0))
+    grid = SweepConfig(config="copying/t1000", grid={"model.hidden_size": (8, 9, 8)}, seeds=(0, 1, 0))
+    assert len(sweeps.points(draws, "a")) == 2
+    assert len(sweeps.points(grid, "a")) == 4
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sweeps.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert sweeps.gpus() == ["4", "7"]
+    assert sweeps.default_workers() == 2
+    started = []
+    monkeypatch.setattr(
+        sweeps,
+        "get_context",
+        lambda how: SimpleNamespace(
+            Pipe=Mock(return_value=(Mock(), Mock())), Process=lambda **of: started.append(of["args"]) or Mock()
+        ),
+    )
+    workers = sweeps.Workers(3, Path("nowhere"))
+    for number in range(3):
+        workers._start(number)
+    assert [arguments[3] for arguments in started] == ["4", "7", "4"]
+
+
 def test_pairs_are_compared_by_the_signs_of_their_differences() -> None:
     assert sweeps.sign_flip_test([1.0, 1.0, 1.0]) == 2 / 8
     assert sweeps.sign_flip_test([1.0, -1.0]) == 1.0
@@ -170,7 +225,7 @@ def test_pairs_are_compared_by_the_signs_of_their_differences() -> None:
 
 
 def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
-    variants = {"a": VariantConfig(paper="1.5"), "b": VariantConfig()}
+    variants = {"a": VariantConfig(paper="1.5", wanted="below 2"), "b": VariantConfig()}
     sweep = SweepConfig(config="copying/t1000", variants=variants)
     rows = [
         {
@@ -189,11 +244,15 @@ def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
     ]
     first, second = sweeps.table(sweep, rows)
     assert first["best loss"] == "2 +- 1"
-    assert first["paper"] == "1.5"
+    assert (first["paper"], first["wanted"]) == ("1.5", "below 2")
     assert first["against the first, 95 % (p)"] == ""
     assert second["against the first, 95 % (p)"] == "+2 +- 0 (0.25)"
     assert second["parameters"] == "21,764"
     assert second["seeds"] == "0, 1, 2"
+    rows[3]["best"] = None  # no validation was a number
+    first, second = sweeps.table(sweep, rows)
+    assert second["best loss"] == "inf"
+    assert second["against the first, 95 % (p)"] == ""
 
 
 def test_variants_are_compared_within_a_configuration_and_validation_chooses_a_strength() -> None:
@@ -222,11 +281,14 @@ def test_variants_are_compared_within_a_configuration_and_validation_chooses_a_s
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_run_of_the_projects_sweeps_is_valid(path: Path) -> None:
-    from trainer import recipe
-
-    for point in sweeps.points(sweeps.load(path), path.stem):
-        recipe.load(point.config, point.overrides)
+def test_every_run_of_the_projects_sweeps_is_valid_and_compared_on_the_same_data(path: Path) -> None:
+    sweep, data = sweeps.load(path), dict[str, dict]()
+    points = sweeps.points(sweep, path.stem)
+    if path.stem == "many":
+        assert len(points) == 500
+    for point in (p for p in points if p.seed == sweep.seeds[0]):
+        config = recipe.load(point.config, point.overrides).config
+        assert data.setdefault(point.config, plain(config)["data"]) == plain(config)["data"], point.variant
 
 
 def test_reproduce_names_the_tables_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,8 @@ stopped or killed goes on with what has none: a run that was half way goes on fr
       RUN/                  a run directory each, named after its settings and seed
       worker-0.log          what the workers said
       results.jsonl         a row a finished run
-      table.md curves.png   means over seeds, and curves over steps
-      report.html           both in one file, with the tables and pictures of `conclusion`
+      table.md curves.png   means over seeds, and curves over steps, a picture for each of several monitors
+      report.html           both in one file, with commands, and the tables and pictures of `conclusion`
 """
 
 import hashlib
@@ -37,10 +37,14 @@ from trainer import config as configuration
 from trainer import keyed
 from trainer.config import PROJECT, Config, show
 from trainer.errors import RequeueError, UserError
-from trainer.run import read_lines
+from trainer.run import RunDirectory, read_lines
 from trainer.signals import StopSignals, die_with_parent
 
 RESULT = "result.json"
+OWN_KEYS = ("seed", "name", "runs_dir")
+"""Keys of a run that the sweep sets itself."""
+LENGTHS = ("max_steps", "max_epochs", "validation.early_stop_after")
+"""Keys that a resumed run may change, and that its result depends on."""
 PROBED = 4
 """Runs that are tried for some steps, spread over the sweep, to say how long it takes."""
 PROBE_STEPS = 3
@@ -86,6 +90,8 @@ class VariantConfig(Config):
     """key=value, after those of the sweep."""
     paper: str = ""
     """What a paper reports, for the table."""
+    wanted: str = ""
+    """The bar that was set, for the table."""
     chance: float | None = None
     """What no learning gives, drawn as a line."""
     family: str = ""
@@ -109,7 +115,7 @@ class SweepConfig(Config):
     random: dict[str, DrawConfig] = Field(default_factory=dict)
     """Draws by key, instead of a grid."""
     samples: PositiveInt = 20
-    """Combinations drawn, where `random` is given."""
+    """Combinations drawn, where `random` is given; equal ones are run once."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     analyze: NonNegativeInt = 0
     """So many samples of the test split are perturbed once a run is trained, as by `analyze`; 0: no analysis."""
@@ -125,6 +131,13 @@ class SweepConfig(Config):
             raise ValueError(f"conclusion = {self.conclusion!r}: there is no such file in recipes/")
         if self.grid and self.random:
             raise ValueError("grid and random are both given: leave one out")
+        given = [
+            o.partition("=")[0] for o in (*self.overrides, *(o for v in self.variants.values() for o in v.overrides))
+        ]
+        if own := [key for key in (*self.grid, *self.random, *given) if key in OWN_KEYS]:
+            raise ValueError(
+                f"{own[0]}: is set by the sweep itself; take seeds, runs_dir and the file's own name instead"
+            )
         if self.config is None and any(v.config is None for v in [*self.variants.values()] or [VariantConfig()]):
             raise ValueError("config is missing: name it, or one in each of the variants")
         return self
@@ -162,12 +175,12 @@ def load(path: Path) -> SweepConfig:
 
 
 def points(sweep: SweepConfig, name: str) -> list[Point]:
-    """All runs, in order.
+    """All runs, in order, equal ones once.
 
     Args:
         name: of the sweep.
     """
-    found = []
+    found = dict[str, Point]()
     for label, variant in (sweep.variants or {"": VariantConfig()}).items():
         given = variant.config or sweep.config
         assert given is not None
@@ -183,8 +196,9 @@ def points(sweep: SweepConfig, name: str) -> list[Point]:
                 more = (f"seed={seed}", f"runs_dir={sweep.runs_dir / name}", f"name={slug}-{digest}-s{seed}")
                 quiet = (f"tracking.group={name}", "tracking.tags=[sweep]")
                 every = (*quiet, *overrides, *more)
-                found.append(Point(more[2][5:], line, seed, config, every, label, sweep.test, sweep.analyze))
-    return found
+                run = more[2][5:]
+                found[run] = Point(run, line, seed, config, every, label, sweep.test, sweep.analyze)
+    return list(found.values())
 
 
 def _settings(sweep: SweepConfig, name: str) -> Iterator[dict[str, Any]]:
@@ -197,21 +211,44 @@ def _settings(sweep: SweepConfig, name: str) -> Iterator[dict[str, Any]]:
 
 
 def result_of(sweep: SweepConfig, name: str, point: Point) -> dict[str, Any] | None:
-    """What a finished run left."""
+    """What a finished run left; None where it lacks what the point asks for."""
     path = sweep.runs_dir / name / point.name / RESULT
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return None if point.analyze and "analysis" not in found else found
+    lacks = (point.analyze and "analysis" not in found) or (point.test and not found["test"])
+    return None if lacks else found
+
+
+def _check_same(folder: Path, config: Config) -> None:
+    """A run's name holds what the sweep sets: what its CONFIG file said then must still be so.
+
+    Raises:
+        UserError: the run in the folder is of another configuration.
+    """
+    run = RunDirectory(folder)
+    if not run.config.is_file():
+        return
+    saved = run.saved_config()
+    old, new = configuration.flatten(saved), configuration.flatten(configuration.plain(config))
+    different = configuration.differences(saved, config)
+    different += [(key, old[key], new[key]) for key in LENGTHS if key in old and old[key] != new[key]]
+    if different:
+        lines = "".join(f"{show(run.config)}: {key} = {old!r}, now {new!r}\n" for key, old, new in different)
+        raise UserError(
+            f"{lines}the run is of before the configuration changed: put the values back, or move {show(folder)} away"
+        )
 
 
 # Workers
 
 
-def work(number: int, folder: str, threads: int, parent: int, pipe: Connection) -> None:
+def work(number: int, folder: str, threads: int, gpu: str | None, parent: int, pipe: Connection) -> None:
     """A worker process: runs what comes through the pipe until it is closed or a signal asks to stop."""
     die_with_parent(parent)
+    if gpu is not None:  # before anything asks for one
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     log = os.open(f"{folder}/worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log, stream.fileno())
@@ -332,11 +369,13 @@ class Workers:
         self.folder, self.count = folder, count
         self._context = get_context("spawn")
         self._threads = max(1, len(os.sched_getaffinity(0)) // count)
+        self._gpus = gpus()
         self._running: dict[int, tuple[Any, Connection]] = {}
 
     def _start(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
-        arguments = (number, str(self.folder), self._threads, os.getpid(), theirs)
+        gpu = self._gpus[number % len(self._gpus)] if self._gpus else None
+        arguments = (number, str(self.folder), self._threads, gpu, os.getpid(), theirs)
         process = self._context.Process(target=work, args=arguments)  # not a daemon: a run has loaders
         process.start()
         theirs.close()
@@ -406,7 +445,7 @@ def run(sweep: SweepConfig, name: str, say: Callable[[str], None]) -> list[dict[
     mistakes: dict[str, str] = {}
     for point in every:
         try:
-            recipe.load(point.config, point.overrides)
+            _check_same(sweep.runs_dir / name / point.name, recipe.load(point.config, point.overrides).config)
         except UserError as error:
             mistakes.setdefault(str(error), point.variant)
     if mistakes:
@@ -425,7 +464,7 @@ def run(sweep: SweepConfig, name: str, say: Callable[[str], None]) -> list[dict[
             for point, how, answer in workers.each(todo, signals):
                 if how == "done":
                     done[point.name] = answer
-                    say(f"[{len(done)}/{len(every)}] {point.name}: {answer['monitor']} {answer['best']:.4g}")
+                    say(f"[{len(done)}/{len(every)}] {point.name}: {answer['monitor']} {_best(answer):.4g}")
                 elif how != "stopped":
                     failures.append(f"{point.name}: {answer.strip().splitlines()[-1]}")
                     say(f"[{len(done)}/{len(every)}] {failures[-1]}")
@@ -447,9 +486,15 @@ def run(sweep: SweepConfig, name: str, say: Callable[[str], None]) -> list[dict[
 
 def default_workers() -> int:
     """One a GPU, or one a core."""
+    return len(gpus()) or len(os.sched_getaffinity(0))
+
+
+def gpus() -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` calls each GPU of this process."""
     import torch
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return given.split(",")[:count] if given else [str(number) for number in range(count)]
 
 
 def _estimate(todo: list[Point], rows: list[dict[str, Any]], workers: Workers, signals: StopSignals) -> str:
@@ -482,7 +527,7 @@ def table(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
         by_variant = dict(sorted(by_variant.items(), key=lambda item: next(iter(item[1].values()))["config"]))
     firsts: dict[str, dict[int, Mapping[str, Any]]] = {}
     lines, chosen = [], _chosen(sweep, by_variant)
-    papers = any(v.paper for v in sweep.variants.values())
+    asides = [aside for aside in ("paper", "wanted") if any(getattr(v, aside) for v in sweep.variants.values())]
     monitors = {row["monitor"] for row in rows}
     for variant, runs in by_variant.items():
         last = next(iter(runs.values()))
@@ -494,14 +539,15 @@ def table(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
             columns[f"test{of}"] = _tested
         for name, value in columns.items():
             values = [value(row) for row in runs.values()]
-            spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 and _finite(values) else ""
             line[name] = f"{statistics.fmean(values):.4g}{spread}{unit}"
         compared = _tested if sweep.test else _best
         pairs = [compared(runs[seed]) - compared(first[seed]) for seed in runs if seed in first]
-        line["against the first, 95 % (p)"] = "" if runs is first or not pairs else _difference(pairs)
-        if papers:
-            named = [v.paper for label, v in sweep.variants.items() if _label(last, label)]
-            line["paper"] = named[0] if named else ""
+        line["against the first, 95 % (p)"] = (
+            _difference(pairs) if runs is not first and pairs and _finite(pairs) else ""
+        )
+        for aside in asides:
+            line[aside] = getattr(sweep.variants.get(last["label"]), aside, "")
         line["parameters"] = f"{last['parameters']:,}"
         line["steps"] = f"{last['steps']:,}"
         line["minutes"] = f"{statistics.fmean(row['seconds'] for row in runs.values()) / 60:.1f}"
@@ -527,15 +573,15 @@ def conclude(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> Conc
 
 
 def _best(row: Mapping[str, Any]) -> float:
-    return float(row["best"])
+    return math.inf if row["best"] is None else float(row["best"])  # None: no validation gave a number
+
+
+def _finite(values: Sequence[float]) -> bool:
+    return all(map(math.isfinite, values))
 
 
 def _tested(row: Mapping[str, Any]) -> float:
     return float(row["test"][row["monitor"]])
-
-
-def _label(row: Mapping[str, Any], label: str) -> bool:
-    return bool(row["label"] == label)
 
 
 def _chosen(sweep: SweepConfig, by_variant: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> set[str]:

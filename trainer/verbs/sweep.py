@@ -14,7 +14,8 @@ FILE names a CONFIG and what varies:
     conclusion: robustness                        # recipes/robustness.py makes more tables and pictures of all runs
 
 Each run is a run directory below runs/NAME, where NAME is that of the file. A table (means over seeds, the paired
-difference from the first line with the p-value of a sign-flip test), a picture and a report with both lie there too.
+difference from the first line with the p-value of a sign-flip test), a picture and a report with both and each run's
+command lie there too.
 Exit codes as in train.
 """
 
@@ -62,10 +63,12 @@ def sweep(path: Path, workers: int | None = None) -> int:
     folder, title = config.runs_dir / name, f"{name}: means over seeds, +- their standard deviation"
     if rows:
         tables, pictures = {title: sweeps.table(config, rows)}, []
-        if len({row["monitor"] for row in rows}) == 1:
-            chances = {label: v.chance for label, v in config.variants.items() if v.chance is not None}
-            pictures = [folder / "curves.png"]
-            plots.sweep(sweeps.curves(config, name, rows), chances, rows[0]["monitor"], pictures[0])
+        chances = {label: v.chance for label, v in config.variants.items() if v.chance is not None}
+        monitors = list(dict.fromkeys(row["monitor"] for row in rows))
+        for monitor in monitors:
+            pictures.append(folder / ("curves.png" if len(monitors) == 1 else f"curves-{monitor}.png"))
+            own = [row for row in rows if row["monitor"] == monitor]
+            plots.sweep(sweeps.curves(config, name, own), chances, monitor, pictures[-1])
         if config.conclusion is not None:
             more = sweeps.conclude(config.conclusion, rows, folder)
             tables, pictures = tables | more.tables, [*more.pictures, *pictures]
@@ -79,9 +82,10 @@ def sweep(path: Path, workers: int | None = None) -> int:
                 shown.add_row(*line.values())
             console.print(shown, markup=False)
         parts = [f"{heading}\n\n{sweeps.markdown(lines)}" for heading, lines in tables.items()]
-        commands = "".join(f"- {row['run']}: `{row['command']}`\n" for row in rows)
-        (folder / "table.md").write_text("\n".join([*parts, commands]), encoding="utf-8")
-        sweep_report.write(folder / "report.html", name, tables, pictures)
+        commands = {row["run"]: row["command"] for row in rows}
+        listed = "".join(f"- {run}: `{command}`\n" for run, command in commands.items())
+        (folder / "table.md").write_text("\n".join([*parts, listed]), encoding="utf-8")
+        sweep_report.write(folder / "report.html", name, tables, pictures, commands)
         names = ", ".join(["table.md", *(path.name for path in pictures), "results.jsonl", "report.html"])
         console.print(f"{show(folder)}/{names}", highlight=False)
     if failed is not None:
