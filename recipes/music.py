@@ -93,7 +93,10 @@ class PianoRoll(nn.Module):
             logits: Tensor = self.output(y)
             return logits.float()
         moments = fast_dropout.affine(y, self.rnn.variance, self.output.weight, self.output.bias)
-        return fast_dropout.sigmoid_mean(*moments).float()
+        fast = self.rnn.config.regularizers.fast_dropout
+        exactly = fast is not None and fast.moments == "quadrature"
+        mean = fast_dropout.sigmoid_mean_by_quadrature if exactly else fast_dropout.sigmoid_mean
+        return mean(*moments).float()
 
 
 class Music(Recipe[MusicRunConfig]):
@@ -116,7 +119,12 @@ class Music(Recipe[MusicRunConfig]):
         return torch.from_numpy(marginals(self._rolls("train"))).logit().float()
 
     def _rolls(self, split: Split) -> list[Roll]:
-        return [p.roll for p in self.config.data.pieces() if p.split == split]
+        found = [p.roll for p in self.config.data.pieces() if p.split == split]
+        if not found:
+            raise UserError(
+                f"data.corpus: has no piece for the split {split}, which its name decides; give it more pieces"
+            )
+        return found
 
     def build_dataset(self, split: Split) -> MusicDataset:
         config = self.config
@@ -170,20 +178,20 @@ class Music(Recipe[MusicRunConfig]):
         for t in range(len(start), frames.shape[1]):
             logits = model(frames[:, :t], torch.tensor([t], device=device))[0, -1]
             frames[0, t] = draws[t] < torch.sigmoid(logits / max(wish.temperature, 1e-3))
-        return written(frames[0].byte().cpu().numpy())
+        return written(frames[0].byte().cpu().numpy(), self.config.data.corpus.frames_per_quarter)
 
 
-def written(roll: Roll) -> Generated:
+def written(roll: Roll, frames_per_quarter: int) -> Generated:
     """A roll to hear, to see and to read about."""
     used = (np.flatnonzero(roll.any(0)) + LOWEST).tolist() or [LOWEST]
     low, high = (f"{NAMES[n % 12]}{n // 12 - 1}" for n in (used[0], used[-1]))
-    sound, picture = to_sound(roll, SAMPLE_RATE_HZ), to_picture(roll)
+    sound, picture = to_sound(roll, frames_per_quarter, SAMPLE_RATE_HZ), to_picture(roll)
     wav, png = io.BytesIO(), io.BytesIO()
     soundfile.write(wav, sound, SAMPLE_RATE_HZ, format="WAV", subtype="PCM_16")
     Image.fromarray(picture).save(png, "PNG")
     return Generated(
         f"{len(roll)} frames, {roll.sum() / len(roll):.1f} notes a frame, {low} to {high}",
-        {".mid": to_midi(roll), ".png": png.getvalue(), ".wav": wav.getvalue()},
+        {".mid": to_midi(roll, frames_per_quarter), ".png": png.getvalue(), ".wav": wav.getvalue()},
         Media(sound, SAMPLE_RATE_HZ, picture=picture),
     )
 

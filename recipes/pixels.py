@@ -10,14 +10,12 @@ from torch import nn
 
 from trainer.data.dataset import Batch
 from trainer.data.generated import GeneratedConfig
-from trainer.data.images import ImagesConfig, ImagesDataset
+from trainer.data.images import CLASSES, ImagesConfig, ImagesDataset
 from trainer.data.parallel import Display
 from trainer.metrics import Loss, Mean
 from trainer.models.readout import Readout
 from trainer.models.rnn import RNNConfig
 from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
-
-CLASSES = 10
 
 
 class PixelsRunConfig(RunConfig):

@@ -307,7 +307,7 @@ def test_half_way_and_resumed_is_the_whole_on_any_number_of_ranks(midi: Path, tm
     assert page.count("data:audio/wav") == 2
 
 
-def test_a_piece_follows_from_its_seed_and_its_beginning(midi: Path) -> None:
+def test_a_piece_follows_from_its_seed_and_its_beginning(midi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe.load("music/midi", arguments(midi))
     model = made.build_model().eval()
     initialise(model, 0)
@@ -323,6 +323,46 @@ def test_a_piece_follows_from_its_seed_and_its_beginning(midi: Path) -> None:
     assert np.array_equal(gone_on.media.picture[::4, : length * 4 : 4] == 30, given[:length].T[::-1] > 0)
     with pytest.raises(UserError, match="prompt = 'x': wanted the number of a test piece"):
         made.generate(model, Wish(0, 5, prompt="x"))
+    faster = recipe.load("music/midi", arguments(midi, "data.corpus.frames_per_quarter=4"))
+    monkeypatch.setattr(faster, "_rolls", lambda split: [given])
+    with torch.inference_mode():
+        files = faster.generate(model, Wish(4, 20)).files
+    assert soundfile.info(io.BytesIO(files[".wav"])).duration == pytest.approx(21 / 8)  # a quarter is half a second
+    assert mido.MidiFile(file=io.BytesIO(files[".mid"])).length == pytest.approx(21 / 8)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_corpus_without_pieces_of_a_split_is_named(midi: Path, tmp_path: Path, split: str) -> None:
+    made = recipe.load("music/midi", arguments(midi))
+    data = made.config.data
+    scores.write_cache(tmp_path, data.corpus, [p for p in data.pieces() if p.split != split])
+    few = recipe.load("music/midi", arguments(midi, f"data.path={tmp_path}"))
+    with pytest.raises(UserError, match=f"has no piece for the split {split}"):
+        few.describe(few.build_model())
+
+
+def test_quadrature_reaches_the_output(midi: Path) -> None:
+    nats = {}
+    for moments in ("closed", "quadrature"):
+        fast = ["model.regularizers.fast_dropout.moments=" + moments, "model.cell={kind: rnn, activation: relu}"]
+        made = recipe.load("music/midi", arguments(midi, *fast, "model.input_range=1"))
+        model, dataset = made.build_model().eval(), made.build_dataset("test")
+        initialise(model, 0)
+        torch.nn.init.normal_(model.output.weight, generator=torch.Generator().manual_seed(0))
+        batch = dataset.load(dataset.plan.epoch(0)[0].micro_batches[0])
+        nats[moments] = float(made.step(model, batch).losses["nll"].sum.detach())
+    assert nats["closed"] != pytest.approx(nats["quadrature"], rel=1e-4)  # a relu's moments are closed in both
+
+
+def test_a_chorale_is_read() -> None:
+    """One of the default corpus: it opens and ends on a chord of G, in four voices."""
+    pytest.importorskip("music21")
+    roll = scores._chorale(("", "bach/bwv269", 2))
+    assert not isinstance(roll, str), roll
+    for frame in (roll[0], roll[-1]):
+        assert (np.flatnonzero(frame) + scores.LOWEST).tolist() == [43, 59, 62, 67]
+    assert roll.shape == (126, scores.KEYS)
+    assert 3.9 < roll.sum() / len(roll) <= 4
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from trainer import recipe
 from trainer import sweep as sweeps
 from trainer.__main__ import main
-from trainer.config import PROJECT, plain
+from trainer.config import PROJECT, load_yaml, plain
 from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, UserError
 from trainer.sweep import DrawConfig, SweepConfig, VariantConfig
 
@@ -26,6 +26,7 @@ TINY = [
     "data.num_valid=10",
     "data.num_test=10",
     "model.hidden_size=8",
+    "model.regularizers.dropout.hidden=0.1",
     "validation.every_steps=3",
     "max_steps=6",
     "plan.micro_batch_samples=5",
@@ -85,6 +86,10 @@ def test_every_combination_is_a_run_and_the_table_has_them(whole: Path) -> None:
     for row in rows:
         assert (whole / "runs/tiny" / row["run"] / "checkpoints/latest").exists()
         assert row["steps"] == 6
+        config = load_yaml(whole / "runs/tiny" / row["run"] / "config.yaml")
+        assert (config["tracking"]["group"], config["tracking"]["tags"]) == ("tiny", ["sweep"])
+        told = (whole / "runs/tiny" / row["run"] / "logs/rank-00000.log").read_text()
+        assert "the reference loop" in told  # though a worker runs several
         assert row["test"]["loss"] > 0
         assert row["test"]["loss"] != row["best"]
     table, page = ((whole / "runs/tiny" / name).read_text() for name in ("table.md", "report.html"))

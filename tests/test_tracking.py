@@ -27,7 +27,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def track(folder: Path, mode: Any = "auto") -> Tracker:
     folder.mkdir(exist_ok=True)
-    return Tracker(TrackingConfig(wandb=mode), folder, "[/red]", {}, 3, active=True)
+    return Tracker(TrackingConfig(wandb=mode, group="study", tags=("sweep",)), folder, "[/red]", {}, 3, active=True)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,11 @@ def track(folder: Path, mode: Any = "auto") -> Tracker:
 def test_the_mode_of_the_environment_is_honoured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, key: str, mode: str, tried: list[str]
 ) -> None:
-    seen = []
+    seen, marks = [], []
 
     def init(**settings: Any) -> None:
         seen.append(settings["mode"])
+        marks.append((settings["group"], settings["tags"]))
         raise RuntimeError("no server")
 
     monkeypatch.setattr(wandb, "init", init)
@@ -60,6 +61,7 @@ def test_the_mode_of_the_environment_is_honoured(
     monkeypatch.setenv("WANDB_API_KEY", key)
     track(tmp_path / "run", mode).finish()
     assert seen == tried
+    assert marks == [("study", ["sweep"])] * len(tried)
     assert "WANDB_DATA_DIR" not in os.environ
 
 

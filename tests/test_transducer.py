@@ -27,6 +27,18 @@ def build() -> Transducer:
     return model.eval()
 
 
+@pytest.mark.parametrize(
+    ("predictor", "wanted"),
+    [
+        ({"directions": "concat"}, "no label to come is known; take forward"),
+        ({"cell": {"kind": "rnn"}, "norm": "none", "regularizers": {"fast_dropout": {}}}, "decoding has no moments"),
+    ],
+)
+def test_a_predictor_that_cannot_go_on_is_refused(predictor: dict, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        TransducerConfig(predictor=predictor)
+
+
 def test_the_loss_sums_over_all_alignments() -> None:
     """A blank moves on in time, the last one ends; written out for three frames and two labels."""
     model = build()

@@ -30,6 +30,7 @@ from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.evaluation import Evaluator, left_out, to_device
 from trainer.models.block import recompute_blocks
 from trainer.models.normalization import update_statistics
+from trainer.models.recurrence import say_once
 from trainer.models.regularizers import activation_losses, at_step, penalises_weights, weight_penalty
 from trainer.optim import Plateau, set_lr
 from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, START, board
@@ -121,6 +122,7 @@ class Training:
         handler = LogFile(self.run.logs / f"rank-{self.ranks.rank:05d}.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
+        say_once.cache_clear()  # of a run before in this process
 
     def _splits(self) -> Iterator[tuple[str, Dataset, list[Fault]]]:
         """Each split with its data and what is known to be bad in it."""

@@ -263,6 +263,7 @@ def work(number: int, folder: str, threads: int, gpu: str | None, parent: int, p
         torch.set_num_threads(threads)
         keep_pages()
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+        logging.getLogger("trainer").setLevel(logging.INFO)
         ranks = distributed.start()
         while signals.received is None:
             try:

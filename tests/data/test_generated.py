@@ -178,6 +178,18 @@ def test_damaged_and_missing_pictures_are_named(tmp_path: Path) -> None:
         ImagesDataset(ImagesConfig(path=tmp_path), "train", SIZES, 0)
 
 
+def test_an_archive_cut_short_and_other_classes_are_named(tmp_path: Path) -> None:
+    arrays = write_set(tmp_path / "set", packed=False)
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    whole = (tmp_path / "mnist.npz").read_bytes()
+    (tmp_path / "mnist.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"mnist.npz: holds no x_train and y_train to be read"):
+        pictures(tmp_path)
+    np.savez(tmp_path / "mnist.npz", **arrays | {"y_train": arrays["y_train"] + 20})
+    with pytest.raises(UserError, match=r"classes 2\d to 2\d, wanted 0 to 9"):
+        pictures(tmp_path)
+
+
 def test_mnist_itself() -> None:
     folder = Path(__file__).parents[2] / "../shared/data/mnist"
     if not folder.is_dir():

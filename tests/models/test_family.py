@@ -370,6 +370,12 @@ def test_starts_are_what_they_say() -> None:
     w = squares(sparse)
     assert (w != 0).sum(-2).eq(6).all()
     torch.testing.assert_close(torch.linalg.eigvals(w).abs().amax(-1), torch.tensor([1.1, 1.1]))
+    for structure in (BandedConfig(half_width=3), SparseConfig(density=0.2), PermutedBlockDiagonalConfig(num_blocks=4)):
+        radius = SparseRadiusConfig(nonzero=4, radius=1.1)
+        layer = next(stack(hidden_size=60, structure=structure, initialization=radius).recurrent_layers())
+        w = layer.weight_hh.dense().detach().unflatten(0, (4, 60))
+        assert (w != 0).sum(-2).max() == 4  # places that exist, not places that would be cut off
+        torch.testing.assert_close(torch.linalg.eigvals(w).abs().amax(-1), torch.full((4,), 1.1))
     for structure in STRUCTURES:
         if structure.kind != "permuted_block_diagonal":  # the identity of its blocks is the shuffle
             rnn = stack(structure=structure, initialization=IdentityConfig(scale=0.5), cell=ElmanConfig())
@@ -388,6 +394,15 @@ def test_starts_are_what_they_say() -> None:
         ({"parametrization": SpectralRadiusConfig(), "structure": SQUARES[2]}, "take spectral_norm"),
         ({"initialization": IdentityConfig(), "structure": LowRankConfig()}, "take default"),
         ({"structure": BandedConfig(half_width=12)}, "wanted less than that"),
+        (
+            {"parametrization": CayleyConfig(), "initialization": IdentityConfig(scale=-1)},
+            "scale = -1.0 with .* wanted 1",
+        ),
+        ({"parametrization": ExponentialConfig(), "initialization": IdentityConfig(scale=0)}, "scale = 0.0 with"),
+        ({"structure": SparseConfig(), "initialization": OrthogonalConfig()}, "the rest is no rotation"),
+        ({"structure": BandedConfig(), "initialization": OrthogonalConfig()}, "the rest is no rotation"),
+        ({"structure": SparseConfig(), "initialization": RotationsConfig()}, "the rest is no rotation"),
+        ({"initialization": {"kind": "rotations", "low": 2, "high": 1}}, "wanted low <= high"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused(options, wanted: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kernels import reference
 from tests.helpers import fit, run_ranks
 from tests.models.test_models import kind
 from trainer import recipe
+from trainer.analysis.recurrences import gate_matrices
 from trainer.config import PROJECT
 from trainer.engine import initialise
 from trainer.errors import UserError
@@ -305,6 +307,15 @@ def test_a_norm_is_its_formula(name: str, formula: Any, structure: Any) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["l1", "soft l1", "l2", "nuclear", "spectral", "orthogonality", "gradient noise"])
+def test_what_is_of_the_whole_model_is_there_once(name: str) -> None:
+    """Where two stacks of a model ask for it, as a transducer's encoder and predictor may; the stronger counts."""
+    ((group, given),) = PENALTIES[name].items()
+    weak = {group: {key: value / 2 for key, value in given.items()}}
+    one, two = (nn.ModuleList([stack(PENALTIES[name]), stack(more)]) for more in (None, weak))
+    torch.testing.assert_close(weight_penalty(one), weight_penalty(two))
+
+
 def test_penalties_of_states_are_means_over_real_frames() -> None:
     for name, formula in (
         ("norm stabiliser", lambda h: (h.norm(dim=1).diff() ** 2).mean()),
@@ -343,6 +354,10 @@ def test_max_norm_is_a_parametrisation(structure: Any) -> None:
     inside = free.abs() < 0.4 if free.ndim == 2 else (free.norm(dim=-1) < 0.4)[..., None].expand_as(free)
     assert torch.equal(w_hh[inside], free[inside])
     assert all(torch.equal(a, b) for a, b in zip(before.values(), rnn.state_dict().values(), strict=True))
+    for gate, matrix in enumerate(gate_matrices(way).values()):  # what `analyze` looks at is what the net does
+        bounded = w_hh[gate].detach().double()
+        want = torch.diag(bounded) if bounded.ndim == 1 else torch.block_diag(*bounded)
+        torch.testing.assert_close(torch.from_numpy(matrix), want)
     forward(rnn.train()).square().sum().backward()
     assert way.weight_ih.grad.abs().sum() > 0
 
@@ -382,6 +397,9 @@ def test_closed_moments_are_as_good_as_they_are(
 def test_moments_by_quadrature_are_exact(function: Any) -> None:
     for got, want in zip(fast_dropout.quadrature(function, *GRID), exact(function, *GRID), strict=True):
         assert (got - want).abs().max() <= 1e-4
+    output = fast_dropout.sigmoid_mean_by_quadrature(*GRID).sigmoid()
+    assert (output - exact(torch.sigmoid, *GRID)[0]).abs().max() <= 1e-4
+    assert fast_dropout.sigmoid_mean_by_quadrature(torch.tensor([90.0, -90.0]), torch.ones(2)).isfinite().all()
 
 
 def test_dropout_and_affine_moments_are_those_of_samples() -> None:
@@ -528,11 +546,15 @@ def test_the_engine_tells_the_step(tmp_path: Path) -> None:
         ("speech/tones", "model.rnn"),
         ("timit_frames/read_ru", "model"),
         ("music/chorales", "model"),
+        ("language_model/austen_characters", "model.rnn"),
+        ("transducer/tones", "model.encoder.rnn"),
+        ("transducer/tones", "model.predictor"),
+        ("video_action/watch", "model.rnn"),
     ],
 )
 def test_every_recipe_takes_them(config: str, key: str) -> None:
     loaded = recipe.load(config, [f"{key}.regularizers.noise.hidden=0.1"])
-    model = getattr(loaded.config.model, "rnn", loaded.config.model)
+    model = operator.attrgetter(key)(loaded.config)
     assert model.regularizers.noise.hidden == 0.1
     with pytest.raises(UserError, match="did you mean"):
         recipe.load(config, [f"{key}.regularizers.noise.hiden=0.1"])

@@ -35,7 +35,7 @@ def one_step(layer: RecurrentLayer) -> Step:
     Shape:
         u: (G H,) what the input's weights and bias give, s: (S,) with S = H, or 2 H of an LSTM -> (S,)
     """
-    weight, bias = layer.weight_hh.blocks().detach().double(), layer.bias_hh.detach().double()
+    weight, bias = layer.weights()[1].detach().double(), layer.bias_hh.detach().double()
     lstm, size, cell = layer.cell.kind == "lstm", layer.hidden_size, layer.cell.name
 
     def step(u: Tensor, s: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def state_size(layer: RecurrentLayer) -> int:
 def gate_inputs(layer: RecurrentLayer, x: Tensor) -> Tensor:
     """(N, T, D) inputs of a layer -> (N, T, G H) in float64."""
     bias = None if layer.bias_ih is None else layer.bias_ih.detach().double()
-    return nn.functional.linear(x.double(), layer.weight_ih.detach().double(), bias)
+    return nn.functional.linear(x.double(), layer.weights()[0].detach().double(), bias)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ def recurrences(model: nn.Module) -> Iterator[tuple[str, RecurrentLayer]]:
 
 @torch.no_grad()
 def gate_matrices(layer: RecurrentLayer) -> dict[str, Matrix]:
-    """The matrix (H, H) of each gate in float64."""
-    whole = layer.weight_hh.dense().double().cpu().numpy()
-    parts = whole.reshape(-1, layer.hidden_size, layer.hidden_size)
-    return dict(zip(GATES[len(parts)], parts, strict=True))
+    """The matrix (H, H) of each gate in float64, within its largest norm."""
+    gates = layer.weights()[1].double()
+    parts = [torch.diag(gate) if gate.ndim == 1 else torch.block_diag(*gate) for gate in gates]
+    return dict(zip(GATES[len(parts)], (part.cpu().numpy() for part in parts), strict=True))
 
 
 def logged(model: nn.Module) -> dict[str, float]:

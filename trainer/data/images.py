@@ -10,6 +10,7 @@ Sources: LeCun, Cortes & Burges 1998; Xiao, Rasul & Vollgraf 2017, arXiv:1708.07
 import gzip
 import math
 import struct
+import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,7 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 IMAGES, LABELS = 2051, 2049  # the first number of each kind of file
+CLASSES = 10
 
 
 class FashionMnistConfig(Config):
@@ -185,7 +187,7 @@ def _npz(path: Path, part: str) -> tuple[NDArray[Any], NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive[f"x_{part}"], archive[f"y_{part}"]
-    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{show(path)}: holds no x_{part} and y_{part} to be read ({error}); replace it") from error
 
 
@@ -194,5 +196,9 @@ def _checked(folder: Path, images: NDArray[Any], labels: NDArray[Any]) -> tuple[
         raise UserError(
             f"{show(folder)}: pictures of shape {images.shape} ({images.dtype}), classes of shape {labels.shape}: "
             "wanted (N, rows, columns) bytes and (N,); replace the files"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() < CLASSES:
+        raise UserError(
+            f"{show(folder)}: classes {labels.min()} to {labels.max()}, wanted 0 to {CLASSES - 1}; name another set"
         )
     return images, labels.astype(np.uint8)

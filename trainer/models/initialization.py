@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -121,6 +121,12 @@ class RotationsConfig(_DrawnConfig):
     low: float = -math.pi
     high: float = math.pi
 
+    @model_validator(mode="after")
+    def _in_order(self) -> "RotationsConfig":
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} with high = {self.high}: wanted low <= high")
+        return self
+
     def matrix(self, size: int) -> Tensor:
         angles = torch.empty(size // 2, dtype=torch.float64).uniform_(self.low, self.high)
         cos, sin = angles.cos(), angles.sin()
@@ -141,7 +147,22 @@ class SparseRadiusConfig(_DrawnConfig):
     nonzero: PositiveInt = 15
     """Numbers in each column."""
     radius: float = Field(1.2, gt=0)
-    """Largest absolute eigenvalue of each matrix."""
+    """Largest absolute eigenvalue of each matrix: of each block, where units of different blocks never meet."""
+
+    def draw(self, structure: "Structure") -> Tensor:
+        """Values of the structure's weight. Where it is no row of separate squares, numbers are chosen among the
+        places that exist, and the matrix that they make is scaled."""
+        if structure.has_kernel:
+            return super().draw(structure)
+        if structure.square_shape is None:
+            shape = (structure.num_gates, structure.hidden_size, structure.hidden_size)
+            there = structure.whole(torch.ones(structure.weight.shape)).view(shape) > 0
+            drawn = structure.part_of(thinned(torch.randn(shape, dtype=torch.float64), self.nonzero, there))
+        else:
+            drawn = super().draw(structure).double()
+        whole = structure.whole(drawn).unflatten(0, (structure.num_gates, -1))
+        radii = torch.linalg.eigvals(whole).abs().amax(-1).clamp_min(1e-12)
+        return (drawn * (self.radius / radii).view(-1, *[1] * (drawn.ndim - 1))).float()
 
     def matrix(self, size: int) -> Tensor:
         matrix = thinned(torch.randn(size, size, dtype=torch.float64), self.nonzero)
@@ -149,9 +170,12 @@ class SparseRadiusConfig(_DrawnConfig):
         return matrix * (self.radius / radius.clamp_min(1e-12))
 
 
-def thinned(matrix: Tensor, nonzero: int) -> Tensor:
-    """Leave so many numbers of each column, at places drawn at random."""
-    rank = torch.rand(matrix.shape).argsort(0).argsort(0)  # of each column, an order of its rows
+def thinned(matrix: Tensor, nonzero: int, there: Tensor | None = None) -> Tensor:
+    """Leave so many numbers of each column, at places drawn at random among all or those that are `there`."""
+    drawn = torch.rand(matrix.shape)
+    if there is not None:
+        drawn = drawn.masked_fill(~there, 2.0)  # behind all others
+    rank = drawn.argsort(-2).argsort(-2)  # of each column, an order of its rows
     return matrix.masked_fill(rank >= nonzero, 0.0)
 
 

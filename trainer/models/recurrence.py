@@ -131,7 +131,7 @@ def run(
     drawn = drawn or Drawn()
     inputs, matrices = zip(*(way.weights() for way in ways), strict=True)
     if not ways[0].weight_hh.has_kernel:
-        _say_once(f"structure.kind = {ways[0].structure}: runs as a dense matrix, since no kernel knows the structure")
+        say_once(f"structure.kind = {ways[0].structure}: runs as a dense matrix, since no kernel knows the structure")
     short = ways[0].packed is not None and len(ways) == 1 and len(x) <= SHORT
     if (
         not short
@@ -148,7 +148,8 @@ def run(
 
 
 @lru_cache(maxsize=64)
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
+    """Tell the log which path is taken; a run clears the cache as it starts, so that each log has it."""
     log.info("%s", text)
 
 
@@ -212,7 +213,7 @@ def _kernel(
     first = [torch.cat(parts, -1) for parts in zip(*given, strict=True)] if given else []
     bias, reverse = side_by_side([way.bias_hh for way in ways]), [way.reverse for way in ways]
     if (reason := drawn.needs_loop(cell.name)) is not None:
-        _say_once(f"{cell.name}: the reference loop (plain PyTorch, slow) in training, since no kernel knows {reason}")
+        say_once(f"{cell.name}: the reference loop (plain PyTorch, slow) in training, since no kernel knows {reason}")
         h0, c0 = (*first, None, None)[:2]
         keys, rates = drawn.keys, drawn.zoneout
         y, *last = reference.recurrence(

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from trainer.config import Config
 from trainer.models.cells import GATES, CellConfig, LSTMConfig
-from trainer.models.initialization import ROTATIONS, DefaultConfig, InitializationConfig, InputInitializationConfig
+from trainer.models.initialization import (
+    ROTATIONS,
+    DefaultConfig,
+    IdentityConfig,
+    InitializationConfig,
+    InputInitializationConfig,
+)
 from trainer.models.normalization import KeyedDropout, NormKind, build_norm, frame_mask
 from trainer.models.parametrizations import ORTHOGONAL, FreeConfig, ParametrizationConfig
-from trainer.models.recurrence import Layer, RecurrentLayer, State
+from trainer.models.recurrence import Layer, RecurrentLayer, State, say_once
 from trainer.models.regularizers import Regularizer, RegularizersConfig
 from trainer.models.regularizers import fast_dropout as moments
 from trainer.models.structure import DenseConfig, StructureConfig
@@ -84,6 +90,12 @@ class RNNConfig(Config):
                     f"initialization.kind = {start} with parametrization.kind = {rule}: is not orthogonal; take one of "
                     + ", ".join(ROTATIONS)
                 )
+            if isinstance(self.initialization, IdentityConfig) and self.initialization.scale != 1:
+                scale = self.initialization.scale
+                raise ValueError(f"initialization.scale = {scale} with parametrization.kind = {rule}: wanted 1")
+        if (start, kind) in (("orthogonal", "banded"), ("orthogonal", "sparse"), ("rotations", "sparse")):
+            cure = "what lies off the structure is missing, and the rest is no rotation; take sparse_radius"
+            raise ValueError(f"initialization.kind = {start} with structure.kind = {kind}: {cure}")
         if start != "default" and kind == "low_rank":
             raise ValueError(f"initialization.kind = {start} with structure.kind = low_rank: take default")
         if self.input_range is not None and self.input_initialization.kind != "default":
@@ -198,6 +210,7 @@ class RNN(nn.Module):
         """Means and variances instead of samples; the mean is returned, and for each layer."""
         fast = self.config.regularizers.fast_dropout
         assert fast is not None
+        say_once("fast_dropout: a loop of its own (plain PyTorch, slow), since no kernel knows moments")
         mean = self.regularizer.input(x, noise_keys).transpose(0, 1)
         mean, variance = moments.dropout(mean, torch.zeros_like(mean), fast.input)
         hidden = []

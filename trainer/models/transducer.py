@@ -6,7 +6,7 @@ Source: Graves 2012, arXiv:1211.3711; the joining layer as in Graves, Mohamed & 
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from trainer.config import Config
@@ -33,6 +33,16 @@ class TransducerConfig(Config):
     """Weight of the encoder's own CTC loss, the transducer's having the rest."""
     most_labels: PositiveInt = 4
     """That decoding may find in a frame."""
+
+    @model_validator(mode="after")
+    def _predictor_goes_on(self) -> "TransducerConfig":
+        if self.predictor.directions != "forward":
+            raise ValueError(
+                f"predictor.directions = {self.predictor.directions}: no label to come is known; take forward"
+            )
+        if self.predictor.regularizers.fast_dropout is not None:
+            raise ValueError("predictor.regularizers.fast_dropout: decoding has no moments to go on from; take null")
+        return self
 
 
 class Transducer(nn.Module):

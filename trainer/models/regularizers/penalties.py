@@ -4,7 +4,7 @@ Those of the weights are added once a step, whatever its micro-batches and ranks
 frames of each sequence, averaged over the sequences of a step. The engine adds both: a recipe knows nothing of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 class NormsConfig(Config):
     """Strengths of norms of the weights; 0 is none. Sums over every matrix of the model, read-out and all; not over
-    biases, gains of normalisation, and numbers behind a parametrised matrix."""
+    biases, gains of normalisation, and numbers behind a parametrised matrix. With `max_norm` they are those that are
+    trained, before it scales them."""
 
     l1: Std = 0.0
     """sum |w| (Tibshirani 1996)."""
@@ -61,12 +62,12 @@ def weight_penalty(model: nn.Module) -> Tensor | None:
     """
     if not model.training:
         return None
-    terms = [*_parametrizations(model)]
-    for regularizer in regularizers_of(model):
-        terms += _norms(model, regularizer)
-        if std := regularizer.config.later.gradient_noise * regularizer.config.later.decay.factor(regularizer.step):
+    terms, every = [*_parametrizations(model)], list(regularizers_of(model))
+    if every:  # each is of the whole model: where several stacks ask for one, the largest strength counts, once
+        terms += _norms(model, [max(strengths) for strengths in zip(*map(_of_weights, every), strict=True)])
+        if std := max(r.config.later.gradient_noise * r.config.later.decay.factor(r.step) for r in every):
             named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            terms += [std * (of_step(regularizer.clock, name, p) * p).sum() for name, p in named]
+            terms += [std * (of_step(every[0].clock, name, p) * p).sum() for name, p in named]
     return torch.stack([term.float() for term in terms]).sum() if terms else None
 
 
@@ -113,8 +114,8 @@ def _of_weights(regularizer: "Regularizer") -> tuple[float, ...]:
     return (norms.l1, norms.soft_l1, norms.l2, norms.nuclear, later.spectral, later.orthogonality)
 
 
-def _norms(model: nn.Module, regularizer: "Regularizer") -> list[Tensor]:
-    l1, soft_l1, l2, nuclear, spectral, orthogonality = _of_weights(regularizer)
+def _norms(model: nn.Module, strengths: Sequence[float]) -> list[Tensor]:
+    l1, soft_l1, l2, nuclear, spectral, orthogonality = strengths
     terms = []
     if l1 or soft_l1 or l2:
         for name, p in model.named_parameters():

@@ -68,7 +68,10 @@ class Structure(nn.Module):
 
     def dense(self) -> Tensor:
         """The matrices as one of (G H, H), so that `forward(h)` equals `h @ dense().T`."""
-        weight = self.weight
+        return self.whole(self.weight)
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """The same of other values of `weight`."""
         zeros = weight.new_zeros(self.num_gates * self.hidden_size * self.hidden_size)
         flat = zeros.index_copy(0, self._places.to(weight.device), weight.reshape(-1))
         return flat.view(self.num_gates * self.hidden_size, self.hidden_size)
