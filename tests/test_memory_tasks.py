@@ -9,6 +9,7 @@ import torch
 from tests.data.test_generated import write_set
 from tests.helpers import fit, run_ranks
 from trainer import recipe
+from trainer.__main__ import main
 from trainer.engine import initialise
 from trainer.errors import UserError
 from trainer.run import read_ledger
@@ -68,6 +69,16 @@ def test_a_dummy_and_an_invalid_place_count_nothing(task: str, pictures: Path, t
     for a, b in zip(made.step(model, spoiled).losses.values(), made.step(model, part).losses.values(), strict=True):
         assert a.count == b.count
         torch.testing.assert_close(a.sum, b.sum)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_plan_says_what_the_net_has(
+    task: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", task, *tiny(task, pictures, tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "1 x dense cayley rnn modrelu of 12 units" in told
+    assert "66; 144 multiply-adds" in told
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -36,7 +36,6 @@ TINY += ["model.input_initialization.kind=default", "data.chunk_frames=10"]
 
 
 def benchmark(config: str, *more: str) -> Any:
-    pytest.importorskip("scipy", reason="installed by the extra `music`")
     loaded = recipe.load(config, [f"data.corpus.path={SETS}", *more])
     if not (SETS / f"{loaded.config.data.corpus.name}.mat").is_file():
         pytest.skip("the four benchmark sets are not at hand")
@@ -329,6 +328,11 @@ def test_a_piece_follows_from_its_seed_and_its_beginning(midi: Path, monkeypatch
         files = faster.generate(model, Wish(4, 20)).files
     assert soundfile.info(io.BytesIO(files[".wav"])).duration == pytest.approx(21 / 8)  # a quarter is half a second
     assert mido.MidiFile(file=io.BytesIO(files[".mid"])).length == pytest.approx(21 / 8)
+
+
+def test_a_plan_names_what_is_to_beat(midi: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "music/midi", *arguments(midi)]) == 0
+    assert "nats a frame of the test by the keys' frequencies" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

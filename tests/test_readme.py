@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -71,6 +72,38 @@ def test_the_examples_run() -> None:
                 ran += example
     assert "to_torch" in ran
     assert "block_gru" in ran
+
+
+def test_what_the_documents_prepare_plan_train_and_sweep_is_there() -> None:
+    """Every such line of a shell block is read as far as its configuration; `speech/mine` is the reader's own."""
+    from trainer import recipe, sweep
+
+    found = set()
+    for path in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]:
+        for block in re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] != ["./launch.sh"] or len(words) < 3 or words[2] == "speech/mine":
+                    continue
+                verb, name, *more = words[1:]
+                if verb in ("prepare", "plan", "train"):
+                    own = ("nproc=", "world_size=", "utterances=")  # of the verb
+                    recipe.load(name, [m for m in more if "=" in m and not m.startswith(own)])
+                elif verb in ("sweep", "reproduce"):
+                    file = name if verb == "sweep" else f"configs/sweeps/{name}.yaml"
+                    sweep.points(sweep.load(PROJECT / file), "a")
+                found.add(f"{path.name} {verb}")
+    assert {"README.md sweep", "README.md train", "music.md prepare", "memory.md plan", "sweeps.md reproduce"} <= found
+
+
+def test_the_file_of_a_sweep_in_the_documents_is_one(tmp_path: Path) -> None:
+    from trainer import recipe, sweep
+
+    (example,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "docs/sweeps.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "a.yaml").write_text(example, encoding="utf-8")
+    points = sweep.points(sweep.load(tmp_path / "a.yaml"), "a")
+    assert len(points) == 2 * 2 * 3
+    recipe.load(points[-1].config, points[-1].overrides)
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:

@@ -296,8 +296,13 @@ def test_every_run_of_the_projects_sweeps_is_valid_and_compared_on_the_same_data
         assert data.setdefault(point.config, plain(config)["data"]) == plain(config)["data"], point.variant
 
 
-def test_reproduce_names_the_tables_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reproduce_is_the_sweep_of_its_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.verbs.sweep.sweep", lambda path, workers: print(path.name, workers) or 0)
+    assert main(["reproduce", "many", "--workers", "3"]) == 0
+    assert capsys.readouterr().out == "many.yaml 3\n"
     assert main(["reproduce", "memorie"]) == EXIT_USER_MISTAKE
-    assert "known tables: memory" in capsys.readouterr().err
+    assert "known tables: many, memory" in capsys.readouterr().err
     assert main(["reproduce", "memory", "--workers", "0"]) == EXIT_USER_MISTAKE
     assert "--workers 0: wanted 1 or more" in capsys.readouterr().err

@@ -8,7 +8,7 @@ FILE names a CONFIG and what varies:
     overrides: [max_steps=2000]
     grid: {optimizer.lr: [1e-3, 3e-4]}            # every combination; or:
     random: {optimizer.lr: {low: 1e-4, high: 1e-2, log: true}}
-    variants: {orthogonal: {}, lstm: {overrides: [model.cell.kind=lstm]}}
+    variants: {orthogonal: {wanted: below 0.002}, lstm: {overrides: [model.cell.kind=lstm]}}
     seeds: [0, 1, 2]
     analyze: 200                                  # samples on which `analyze` perturbs each trained net
     conclusion: robustness                        # recipes/robustness.py makes more tables and pictures of all runs
