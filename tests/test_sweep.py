@@ -26,7 +26,7 @@ TINY = [
     "data.num_valid=10",
     "data.num_test=10",
     "model.hidden_size=8",
-    "model.regularizers.dropout.hidden=0.1",
+    "model.structure={kind: permuted_block_diagonal, num_blocks: 4}",
     "validation.every_steps=3",
     "max_steps=6",
     "plan.micro_batch_samples=5",
@@ -89,7 +89,7 @@ def test_every_combination_is_a_run_and_the_table_has_them(whole: Path) -> None:
         config = load_yaml(whole / "runs/tiny" / row["run"] / "config.yaml")
         assert (config["tracking"]["group"], config["tracking"]["tags"]) == ("tiny", ["sweep"])
         told = (whole / "runs/tiny" / row["run"] / "logs/rank-00000.log").read_text()
-        assert "the reference loop" in told  # though a worker runs several
+        assert "runs as a dense matrix" in told  # though a worker runs several
         assert row["test"]["loss"] > 0
         assert row["test"]["loss"] != row["best"]
     table, page = ((whole / "runs/tiny" / name).read_text() for name in ("table.md", "report.html"))
@@ -106,7 +106,7 @@ def test_a_finished_run_of_other_settings_or_without_a_test_is_not_taken(whole: 
     folder, config = whole / "runs/tiny" / point.name, recipe.load(point.config, point.overrides).config
     sweeps._check_same(folder, config)
     for changed, told in (
-        (["model.hidden_size=9"], "model.hidden_size = 8, now 9"),
+        (["model.hidden_size=12"], "model.hidden_size = 8, now 12"),
         (["max_steps=7"], "max_steps = 6, now 7"),
     ):
         with pytest.raises(UserError, match=told):
@@ -294,6 +294,24 @@ def test_every_run_of_the_projects_sweeps_is_valid_and_compared_on_the_same_data
     for point in (p for p in points if p.seed == sweep.seeds[0]):
         config = recipe.load(point.config, point.overrides).config
         assert data.setdefault(point.config, plain(config)["data"]) == plain(config)["data"], point.variant
+
+
+def test_each_monitor_has_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(
+        tmp_path, config=None, grid={}, variants={"a": {"config": "copying/t1000"}, "b": {"config": "pixels/permuted"}}
+    )
+    rows = [
+        {
+            "run": monitor, "variant": label, "label": label, "config": monitor, "seed": 0, "monitor": monitor,
+            "best": 1.0, "test": {monitor: 1.0}, "parameters": 1, "steps": 1, "seconds": 1, "command": f"train {label}",
+        }
+        for label, monitor in (("a", "loss"), ("b", "error"))
+    ]  # fmt: skip
+    monkeypatch.setattr(sweeps, "run", lambda *_: rows)
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    assert main(["sweep", str(path)]) == 0
+    assert {p.name for p in (tmp_path / "runs/tiny").glob("*.png")} == {"curves-loss.png", "curves-error.png"}
+    assert (tmp_path / "runs/tiny/report.html").read_text().count("data:image/png") == 2
 
 
 def test_reproduce_is_the_sweep_of_its_table(

@@ -20,6 +20,7 @@ from trainer.engine import initialise
 from trainer.errors import UserError
 from trainer.models.cells import ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.initialization import GaussianConfig, GlorotConfig, SparseConfig
+from trainer.models.recurrence import say_once
 from trainer.models.regularizers import RegularizersConfig, activation_losses, at_step, fast_dropout, weight_penalty
 from trainer.models.regularizers.noise import (
     ExponentialDecayConfig,
@@ -445,6 +446,13 @@ def test_a_fast_dropout_net_is_the_mean_of_sampled_ones(moments: str, structure:
     assert not got[1, LENGTHS[1] :].any()
 
 
+def test_the_log_says_that_fast_dropout_has_a_loop_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    with caplog.at_level("INFO", "trainer"):
+        forward(stack(FAST, ElmanConfig()))
+    assert "fast_dropout: a loop of its own" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
@@ -477,22 +485,34 @@ def test_half_precision_meets_the_same_noise(name: str) -> None:
     torch.testing.assert_close(got.float(), forward(rnn), rtol=0.05, atol=0.03)
 
 
+def off(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: off(value) if isinstance(value, dict) else 0.0 for name, value in given.items()}
+
+
 def test_everything_combines() -> None:
     rnn = stack(EVERYTHING, num_layers=2)
     y = forward(rnn)
     loss = y.square().sum() + weight_penalty(rnn) + activation_losses(rnn, LENGTHS > 0)["activations"].sum
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(rnn.parameters())))
+    for name, given in (SAMPLED | PENALTIES).items():  # none is lost among the others
+        without = stack(merge(EVERYTHING, off(given)), num_layers=2)
+        less = forward(without).square().sum() + weight_penalty(without)
+        if states := activation_losses(without, LENGTHS > 0):
+            less = less + states["activations"].sum
+        assert less != loss, name
     told = rnn.describe()["regularizers"]
     assert "noise.hidden 0.3" in told
     assert "later.variational.input 0.4" in told
 
 
-def regularised(folder: Path, ranks: int, stage: int, chosen: dict[str, Any] | None = None) -> dict[str, Any]:
+def regularised(
+    folder: Path, ranks: int, stage: int, chosen: dict[str, Any] | None = None, cell: str = "{kind: lstm}"
+) -> dict[str, Any]:
     chosen = chosen or merge(EVERYTHING, WEAK)
     arguments = [
         "tracking.wandb=disabled", "validation.table_rows=0", "data.delay_steps=12", "data.num_train=90",
         "data.num_valid=10", "plan={micro_batch_samples: 3, micro_batches_per_step: 3}", "model.hidden_size=64",
-        "model.cell.kind=lstm", "model.parametrization.kind=free", "optimizer.kind=adamw", "max_steps=4",
+        f"model.cell={cell}", "model.parametrization.kind=free", "optimizer.kind=adamw", "max_steps=4",
         f"zero.stage={stage}", f"model.regularizers={chosen}", "name=run", f"runs_dir={folder}",
     ]  # fmt: skip
     return run_ranks(ranks, fit, arguments, "copying/t1000")[0]
@@ -505,7 +525,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_regularised_run_is_the_same_on_any_number_of_ranks(
     stage: int, alone: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -514,6 +534,15 @@ def test_a_regularised_run_is_the_same_on_any_number_of_ranks(
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=2e-5, msg=name)
     assert read_ledger(two["run"] / "ledger") == read_ledger(alone["run"] / "ledger")
+
+
+@pytest.mark.distributed
+def test_fast_dropout_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    """Beside gradient noise and penalties, at the stage whose gradients are partitioned."""
+    chosen = merge(FAST, WEAK)
+    one, two = (regularised(tmp_path / str(n), n, 2, chosen, "{kind: rnn, activation: tanh}") for n in (1, 2))
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=2e-5, msg=name)
 
 
 def test_the_engine_adds_what_they_ask_for(alone: dict[str, Any], tmp_path: Path) -> None:
