@@ -89,7 +89,6 @@ MODULES = {
 }  # packages whose module has another name
 EXTRAS = {
     "botocore": "remote",
-    "scipy": "music",
     "torchvision": "video",
     "av": "video",
     "sounddevice": "microphone",
