@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.helpers import fit, overrides, run_ranks
 from tests.wandb_server import KEY, Run, Server
-from trainer import tracking
+from trainer import recipe, tracking
+from trainer.analysis import run as analysis
+from trainer.run import RunDirectory
 from trainer.tracking import Tracker, TrackingConfig
 
 SOON = 10.0
@@ -149,6 +152,21 @@ def test_a_killed_run_goes_on_as_the_same(server: Server, tmp_path: Path) -> Non
     track(folder, range(5, 7))
     (run,) = server.runs.values()
     assert steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_analysis_joins_the_run(server: Server, tmp_path: Path) -> None:
+    """Its numbers and pictures, beside the steps."""
+    track(tmp_path / "run", range(1, 4))
+    (tmp_path / "run/analysis").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "run/analysis/powers.png")
+    made = recipe.load("copying/t1000", [f"runs_dir={tmp_path}", "name=run"])
+    values = {"step": 3, "epoch": 0, "summary": {"radius": 0.5, "kreiss": None}}
+    analysis._track(RunDirectory(tmp_path / "run"), made, values)
+    (run,) = server.runs.values()
+    last = run.rows()[-1]
+    assert (last["trainer/step"], last["analysis/radius"]) == (3, 0.5)
+    assert last["analysis/powers"]["_type"] == "image-file"
+    assert "analysis/kreiss" not in last  # it has no finite value
 
 
 @pytest.mark.distributed
