@@ -158,6 +158,19 @@ def test_words_have_bits_of_characters_and_unknown_ones_are_never_written(text: 
     assert "<unk>" not in made.generate(model, Wish(0, 50)).text
 
 
+def test_a_cluster_behind_the_vocabulary_is_told(text: Path, tmp_path: Path) -> None:
+    made = recipe.load(CONFIG, tiny(text, tmp_path, "model.softmax={kind: adaptive, cutoffs: [5, 900]}"))
+    with pytest.raises(UserError, match=r"model.softmax.cutoffs = \[5, 900\]: wanted all below \d+, the size"):
+        made.build_model()
+
+
+def test_awd_lstm_has_its_published_weights() -> None:
+    config = recipe.load("language_model/awd_lstm").config.model
+    with torch.device("meta"):
+        model = config.build(10_000)
+    assert sum(p.numel() for p in model.parameters()) == 24_221_600
+
+
 def test_a_run_of_another_recipe_is_no_scorer(tmp_path: Path) -> None:
     sizes = ["data.delay_steps=4", "data.num_train=8", "data.num_valid=4", "model.hidden_size=6"]
     run_ranks(1, fit, [*sizes, "tracking.wandb=disabled", f"runs_dir={tmp_path}", "max_steps=1"], "copying/t1000")
