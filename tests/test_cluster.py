@@ -13,7 +13,7 @@ import pytest
 from tests import faults
 from tests.helpers import overrides
 from trainer import hosts
-from trainer.cluster import ssh
+from trainer.cluster import Cluster, ssh
 from trainer.config import PROJECT
 from trainer.errors import UserError
 from trainer.hosts import Host, read_hosts
@@ -190,6 +190,17 @@ def test_an_odd_host_is_named_before_anything_starts(run: Launched, addresses: l
     assert all(message in output for message in messages), output
     assert "Traceback" not in output
     assert not run.path.exists()
+
+
+def test_too_few_hosts_at_a_new_start_are_no_new_start() -> None:
+    gone = ["sh", "-c", "echo gone >&2; exit 255"]
+    job = Cluster(["train"], [Host("a", 1)], lambda *_: gone, None, print, again=True)
+    try:
+        while (outcome := job.poll()) is None:
+            time.sleep(0.01)
+    finally:
+        job.close()
+    assert (outcome.code, outcome.began, outcome.text) == (1, False, "0 of 1 hosts answer, wanted 1 (a: gone)")
 
 
 def test_a_missing_interface_is_named(run: Launched, environment: dict[str, str]) -> None:

@@ -251,7 +251,7 @@ class Cluster:
             text = f"{len(self._introduced)} of {len(self._links)} hosts answer, wanted {self._least} ({told})"
             if not self._again:
                 raise UserError(f"{text}; mend the hosts file or ssh, or set launch.min_hosts")
-            return Outcome(EXIT_OUR_FAULT, text=text)
+            return Outcome(EXIT_OUR_FAULT, text=text, began=False)
         if self._away:
             self._say(f"goes on without {len(self._away)} of {len(self._links)} hosts ({told})")
         links = [self._links[n] for n in sorted(self._introduced)]
