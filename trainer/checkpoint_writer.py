@@ -190,8 +190,8 @@ class Writer:
                 stray.unlink()  # of a run that was killed in the middle, maybe on more ranks
             checkpoint.write_state(partial, self._state, files)
             checkpoint.sync_folder(partial)
-            if final.exists():
-                shutil.rmtree(final)
+            if final.exists():  # taken away in an instant; deleted below
+                final.rename(final.with_name(f".{final.name}.old"))
             partial.rename(final)
             checkpoint.sync_folder(self.folder)
         pointer = self.folder / f".{LATEST}"
