@@ -43,6 +43,9 @@ from trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 0.3
+"""Share of the deadline for W&B to begin, and to end: with what else is to be done then, less than the watchdog's."""
+
 
 def initialise(model: nn.Module, seed: int) -> None:
     """Draw every module's weights from (seed, name of the module): adding a layer does not change the others."""
@@ -116,6 +119,7 @@ class Training:
             configuration.plain(config),
             self.position.total_steps,
             active=ranks.first,
+            patience_seconds=PATIENCE * config.launch.deadline_seconds,
         )
 
     def _log_to_file(self) -> None:
