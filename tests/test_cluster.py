@@ -1,5 +1,6 @@
 """A job on several hosts, all of them this one: `ssh` is a script that runs the command here."""
 
+import logging
 import os
 import signal
 import socket
@@ -9,16 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed import DistStoreError
 
 from tests import faults
-from tests.helpers import overrides
+from tests.helpers import overrides, run_ranks
 from trainer import distributed, hosts
 from trainer.__main__ import main
 from trainer.cluster import Cluster, ssh
 from trainer.config import PROJECT
+from trainer.doctor import requirements
 from trainer.errors import UserError
 from trainer.hosts import Host, read_hosts
 from trainer.run import read_ledger, read_lines
@@ -334,7 +337,30 @@ def test_the_code_of_a_host_is_in_its_facts(tmp_path: Path, monkeypatch: pytest.
     one = hosts.facts()
     (tmp_path / "trainer" / "a.py").write_text("2")
     assert hosts.facts()["code"] != one["code"]
-    assert {"Python", "torch", "deepspeed", "ostinato", "working directory"} <= one.keys()
+    assert {"Python", "ostinato", "working directory", *requirements()} <= one.keys()
+
+
+def alike(ranks: Any, variables: list[dict[str, str]], folder: Path) -> list[str]:
+    """Compare ranks as if each were a host of its own; what is logged."""
+    os.environ.update(variables[ranks.rank], LOCAL_RANK="0")
+    socket.gethostname = lambda: f"host-{ranks.rank}"
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    hosts.log.addHandler(handler)
+    hosts.check_alike(folder)
+    return told
+
+
+@pytest.mark.distributed
+def test_the_environment_of_hosts_is_compared_however_they_were_started(tmp_path: Path) -> None:
+    same, other = ({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": number} for number in ("1", "2"))
+    assert run_ranks(2, alike, [same, other], tmp_path) == [
+        ["OMP_NUM_THREADS: host-1 has 2; host-0 has 1; the slower ones hold up the others"],
+        [],
+    ]
+    with pytest.raises(RuntimeError, match="DS_SKIP: host-1 has 1; host-0 has missing"):
+        run_ranks(2, alike, [same, same | {"DS_SKIP": "1"}], tmp_path)
 
 
 def test_the_interface_is_the_one_that_reaches_the_others() -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -15,15 +16,17 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from trainer.doctor import requirements
 from trainer.errors import UserError
 from trainer.launch import HostJob
 
 PORT = 29400
 """Where the ranks meet on the first host if every host is started by hand and MASTER_PORT is not set."""
-PACKAGES = ("torch", "torchaudio", "deepspeed", "numpy", "ostinato")
 SOURCES = ("trainer", "recipes", "kernels", "configs")
 PROJECT = Path(__file__).resolve().parent.parent  # as in trainer.config, which imports pydantic
 SIOCGIFADDR = 0x8915
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,20 +116,17 @@ def code_version() -> str:
 def facts() -> dict[str, str]:
     """What must be the same on every host of a run."""
     found = {"Python": platform.python_version()}
-    for name in PACKAGES:
+    for name in ("ostinato", *requirements()):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return {**found, "project": str(PROJECT), "code": code_version(), "working directory": os.getcwd()}
 
 
-def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-    """Name the hosts that differ from the others.
+def differences(found: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """For each fact in which hosts differ, those that differ from the others.
 
     Args:
         found: (host, facts) of each.
-
-    Raises:
-        UserError: some do.
     """
     lines = []
     for name in dict.fromkeys(name for _, facts in found for name in facts):
@@ -138,7 +138,16 @@ def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         if odd:
             told = ", ".join(f"{host} has {value}" for host, value in sorted(odd.items())[:8])
             lines.append(f"{name}: {told}; {others} {'have' if number > 1 else 'has'} {common}")
-    if lines:
+    return lines
+
+
+def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
+    """Refuse hosts that differ from the others; for the argument see `differences`.
+
+    Raises:
+        UserError: some do.
+    """
+    if lines := differences(found):
         raise UserError(
             "the hosts are not alike:\n  "
             + "\n  ".join(lines)
@@ -158,8 +167,15 @@ def check_alike(folder: Path) -> None:
     from trainer import distributed
 
     host = socket.gethostname()
-    found = distributed.gather((host, facts() if distributed.is_first_of_host() else None))
-    compare([(name, each) for name, each in found if each is not None])
+    own = None
+    if distributed.is_first_of_host():
+        settings = {name: value for name, value in os.environ.items() if name.startswith("DS_")}
+        own = facts() | settings, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set")}
+    found = [(name, each) for name, each in distributed.gather((host, own)) if each is not None]
+    compare([(name, wanted) for name, (wanted, _) in found])
+    for line in differences([(name, usual) for name, (_, usual) in found]):  # hosts may have more cores than others
+        if distributed.is_first():
+            log.warning("%s; the slower ones hold up the others", line)
     token = folder / f".seen-{distributed.from_first(secrets.token_hex(4))}"
     distributed.on_first(token.touch)
     seen = distributed.gather((host, token.exists()))
