@@ -17,6 +17,7 @@ from pathlib import Path
 
 from trainer.signals import StopSignals
 from trainer.verbs import add_config, positive, take
+from trainer.watchdog import show_stacks_when_asked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    show_stacks_when_asked()
     with StopSignals() as signals:  # from here on: importing torch takes seconds
         from trainer import slurm
 
