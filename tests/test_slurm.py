@@ -13,7 +13,6 @@ from trainer.hosts import Host, Network
 SCONTROL = """#!/bin/sh
 echo "$*" >>"$(dirname "$0")/asked"
 case "$*" in
-"requeue incomplete 78") echo "Job has already finished for job 78" >&2; exit 1 ;;
 "show hostnames n[1-2]") printf 'n1\\nn2\\n' ;;
 requeue*) ;;
 *) echo "invalid" >&2; exit 1 ;;
@@ -95,12 +94,7 @@ def test_without_slurms_programs(
     assert "launch: is not requeued: scontrol: cannot be started: No such file" in capsys.readouterr().err
 
 
-def test_a_job_that_was_cancelled_is_left_alone(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slurm.requeue(JOB | {"SLURM_JOB_ID": "78"})
-    assert capsys.readouterr().err == "launch: is not requeued: scontrol: Job has already finished for job 78\n"
-
-
-def test_only_a_batch_job_is_requeued(asked: Path) -> None:
+def test_only_a_batch_job_that_is_not_cancelled_is_requeued(asked: Path) -> None:
     slurm.requeue({name: value for name, value in JOB.items() if name != "SLURMD_NODENAME"})
     assert not asked.exists()
     slurm.requeue(JOB)

@@ -77,7 +77,8 @@ def requeue(environment: Mapping[str, str]) -> None:
     user."""
     if "SLURMD_NODENAME" not in environment:  # the shell of salloc
         return
-    done = _scontrol("requeue", "incomplete", environment["SLURM_JOB_ID"])
-    failed = f"is not requeued: scontrol: {done.stderr.strip()}"
-    said = failed if done.returncode else f"is requeued as job {environment['SLURM_JOB_ID']}"
+    # `incomplete`: not one that was cancelled, which Slurm shows as completing at this time, and says nothing of.
+    done = _scontrol("requeue", "incomplete", job := environment["SLURM_JOB_ID"])
+    why_not = f"is not requeued: scontrol: {done.stderr.strip()}"
+    said = why_not if done.returncode else f"job {job} is requeued, unless it was cancelled"
     print(f"launch: {said}", file=sys.stderr, flush=True)
