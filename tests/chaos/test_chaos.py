@@ -335,16 +335,18 @@ def slurm(hosts: TwoHosts) -> Iterator[Callable[..., str]]:
     """Runs a command of Slurm on nodea; its output."""
     if (reason := why_not("slurmctld", "slurmd", "munged", "sbatch")) is not None:
         pytest.skip(reason)
-    subprocess.run([str(HERE / "slurm.sh"), "up", str(hosts.folder)], check=True, stdin=subprocess.DEVNULL)
-    hosts._before = set(hosts._all())
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
 
     def ask(*command: str) -> str:
         words = [str(hosts.folder / "slurm" / "on"), "nodea", *command]
         return subprocess.run(words, cwd=PROJECT, env=environment, check=True, capture_output=True, text=True).stdout
 
-    yield ask
-    subprocess.run([str(HERE / "slurm.sh"), "down", str(hosts.folder)], check=True)
+    try:
+        subprocess.run([str(HERE / "slurm.sh"), "up", str(hosts.folder)], check=True, stdin=subprocess.DEVNULL)
+        hosts._before = set(hosts._all())
+        yield ask
+    finally:
+        subprocess.run([str(HERE / "slurm.sh"), "down", str(hosts.folder)], check=True)
 
 
 def test_sbatch_survives_a_kill_and_a_preemption(
