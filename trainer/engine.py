@@ -81,6 +81,8 @@ class Training:
         board.at(START)  # a piece of work each
         model = recipe.build_model()
         initialise(model, config.seed)
+        self.writer = Writer(self.run.checkpoints, config.checkpoint)
+        distributed.on_first(self.writer.clean)
         found: Checkpoint | None = distributed.on_first(lambda: checkpoints.newest(self.run.checkpoints))
         self.not_taken: list[str] = []
         if found is None and config.init_from is not None:
@@ -95,8 +97,6 @@ class Training:
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
         self.validated: dict[str, float] = {}
         self.spikes = Spikes(config.spikes)
-        self.writer = Writer(self.run.checkpoints, config.checkpoint)
-        distributed.on_first(self.writer.clean)
         self._last_norms: dict[str, float] = {}  # of gradients before this start, for a validation that was due then
         self.carried: dict[int, State] = {}  # by number of the micro-batch, those of this rank
         self.known: list[Fault] = distributed.on_first(lambda: read_quarantine(config.quarantine, "train"))
