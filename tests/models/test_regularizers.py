@@ -14,7 +14,7 @@ from kernels import reference
 from tests.helpers import fit, run_ranks
 from tests.models.test_models import kind
 from trainer import recipe
-from trainer.analysis.recurrences import gate_matrices
+from trainer.analysis.recurrences import gate_matrices, logged
 from trainer.config import PROJECT
 from trainer.engine import initialise
 from trainer.errors import UserError
@@ -359,6 +359,8 @@ def test_max_norm_is_a_parametrisation(structure: Any) -> None:
         bounded = w_hh[gate].detach().double()
         want = torch.diag(bounded) if bounded.ndim == 1 else torch.block_diag(*bounded)
         torch.testing.assert_close(torch.from_numpy(matrix), want)
+    norms = [float(torch.linalg.matrix_norm(torch.from_numpy(m), 2)) for m in gate_matrices(way).values()]
+    assert logged(rnn)["norm/layers.0.0"] == pytest.approx(max(norms), rel=1e-5)
     forward(rnn.train()).square().sum().backward()
     assert way.weight_ih.grad.abs().sum() > 0
 
