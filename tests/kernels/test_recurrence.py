@@ -308,9 +308,7 @@ def test_a_wrong_argument_is_named(changed: dict[str, Any], wanted: str) -> None
         kernels.recurrence(**(right | changed))
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 16, 16), (4, 1, 300, 1), (4, 1, 0, 0)], ids=["gates", "not square", "empty"]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (4, 1, 300, 1), (4, 1, 0, 0)], ids=["gates", "not square", "empty"])
 def test_weights_that_fit_no_kernel_are_not_packed(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"weight is (for 1 gates|of blocks 300 x 1|of shape \(4, 1, 0, 0\)), wanted"):
         kernels.pack(torch.ones(shape), "lstm")
