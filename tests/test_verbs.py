@@ -90,3 +90,21 @@ def test_idle_ranks_are_told_before_anything_starts(
     assert "forward and backward take" in " ".join(shown.replace("│", " ").split())
     warnings = [line for line in shown.splitlines() if line.startswith("warning:") and "padding" not in line]
     assert (wanted in warnings[0]) if wanted else not warnings
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("shards", "lint", ".", "--json"),
+        ("shards", "stats", ".", "--picture"),
+        ("shards", "preview", ".", "--page"),
+        ("bench", "kernels", "--only=none", "--json"),
+        ("bench", "kernels", "--only=none", "--picture"),
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    shown = mistake(capsys, *command, str(tmp_path / "none" / "file"))
+    assert f"{command[-1]} {tmp_path}/none/file: cannot be written: No such file or directory; name another" in shown

@@ -63,10 +63,18 @@ def test_moments_are_random_in_order_and_go_through_all_numbers_of_processes() -
         schedule(0, 5, 4, [1])
 
 
-@pytest.mark.parametrize("text", ["0", "1,", "two", "1,17", "-1"])
-def test_wrong_numbers_of_processes_are_explained(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify-resume", "speech/tones", f"--processes={text}"]) == 2
-    assert f"--processes {text}: wanted numbers from 1 to 16" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "text", "wanted"),
+    [
+        *(("processes", text, "numbers from 1 to 16") for text in ("0", "1,", "two", "1,17", "-1")),
+        ("kills", "-1", "0 or more"),
+        ("tolerance", "nan", "a number from 0 on"),
+        ("tolerance", "-0.1", "a number from 0 on"),
+    ],
+)
+def test_wrong_numbers_are_explained(option: str, text: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify-resume", "speech/tones", f"--{option}={text}"]) == 2
+    assert f"--{option} {text}: wanted {wanted}" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

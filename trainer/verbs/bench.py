@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.verbs import add_overrides
+from trainer.verbs import add_overrides, refuse_unwritable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
     for name in ("repetitions", "steps", "seconds", "hours", "per_shard", "world_size", "gib"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: wanted more than 0")
+    refuse_unwritable(arguments, "json", "picture")
     others = {
         "kernels": _kernels,
         "orthogonal": _orthogonal,
