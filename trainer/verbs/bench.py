@@ -375,6 +375,8 @@ def _batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def show(trial: batch_size.Trial) -> None:
         verdict = f"{trial.peak_bytes / 2**30:.2f} GiB, {trial.worst}" if trial.fits else "does not fit"
+        if trial.timed_out:
+            verdict = f"not done within {batch_size.START_SECONDS:g} s, given up"
         speed = f"; {3600 * trial.hours_per_second:.0f} x real time" if trial.fits else ""
         console.print(f"{trial.budget_seconds:8.1f} s: {verdict}{speed}", highlight=False)
 
