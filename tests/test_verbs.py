@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kernels import cpu
 from tests.helpers import overrides
 from trainer import checkpoint, recipe
 from trainer import config as configuration
@@ -57,6 +58,14 @@ def test_a_run_of_another_alphabet_is_not_evaluated(
 
 def test_a_name_that_no_folder_can_have_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "xxx: is no" in mistake(capsys, "evaluate", "x" * 300)
+
+
+def test_an_instruction_set_that_nobody_knows_is_a_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "instruction_set", cpu.instruction_set.__wrapped__)
+    monkeypatch.setenv("OSTINATO_CPU", "avx")
+    assert "OSTINATO_CPU='avx', wanted one of portable, avx2, avx512; set that" in mistake(capsys, "schema")
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x", "²", "1.5"])

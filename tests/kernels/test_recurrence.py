@@ -1,9 +1,11 @@
 """The fast path agrees with the definition, is a well-formed operator, and depends on nothing that it should not."""
 
 import ctypes
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,6 +229,25 @@ def test_threads_change_nothing(cell: str, blocks: int, size: int | None, exact:
 
 def test_never_more_threads_than_processors() -> None:
     assert on_threads(64, cpu._num_threads) <= cpu.most_threads()
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "allowed"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": "max 100000"}, 1.5),
+        ("0::/a/b", {"a/b/cpu.max": "50000 100000", "a/cpu.max": "150000 100000"}, 0.5),
+        ("0::/host/only", {"cpu.max": "300000 100000"}, 3.0),
+        ("4:cpuacct,cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, math.inf),
+        ("4:cpuacct,cpu:/a", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0),
+        ("3:cpuset:/", {"cpu/cpu.cfs_quota_us": "x", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    ],
+)
+def test_the_tightest_quota_holds(tmp_path: Path, own: str, files: dict[str, str], allowed: float) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(f"{own}\n")
+    assert cpu.quota(tmp_path, tmp_path / "own") == allowed
 
 
 def test_an_unwritten_output_would_show() -> None:
