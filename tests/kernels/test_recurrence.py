@@ -151,9 +151,11 @@ def test_the_operators_are_well_formed(cell: str, structure: str) -> None:
         torch.library.opcheck(torch.ops.ostinato.pack, (own[1].detach(), cell, False))
 
 
-@pytest.mark.parametrize("cell", ["rnn_relu", "lstm"])
-def test_compiled_whole_it_computes_the_same(cell: str) -> None:
-    own, options = small(cell, "block", torch.float32)
+@pytest.mark.parametrize(
+    ("cell", "structure"), [("rnn_relu", "block"), ("lstm", "block"), ("gru", "block"), ("rnn_tanh", "diagonal")]
+)
+def test_compiled_whole_it_computes_the_same(cell: str, structure: str) -> None:
+    own, options = small(cell, structure, torch.float32)
     present = [x for x in own if x is not None]
 
     def function() -> list[Tensor]:
