@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import re
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from PIL import Image
 from tests.helpers import overrides
 from trainer import preview, recipe
 from trainer.__main__ import main
+from trainer.config import PROJECT
 from trainer.data import shards
 from trainer.data.audio import FeaturesConfig
 from trainer.data.corpora.base import read_text
@@ -578,3 +581,17 @@ def test_a_preview_is_a_page_of_its_own_in_which_nothing_is_markup(
     first = page.read_bytes()
     assert main(["shards", "preview", str(folder), "--page", str(page), "--count", "3"]) == 0
     assert page.read_text().count("<audio") <= 3 < first.count(b"<audio")
+
+
+def test_the_commands_of_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of docs/data.md, on a miniature."""
+    foreign(tmp_path / "foreign")
+    (tmp_path / "mine.yaml").write_text(f"recipe: speech\ndata: {{sample_rate_hz: {RATE}}}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    text = (PROJECT / "docs/data.md").read_text(encoding="utf-8").replace(" /data/foreign", " foreign")
+    lines = re.findall(r"^\./launch\.sh (shards .*)$", text.replace("speech/mine", "mine.yaml"), re.M)
+    done = [arguments[1] for line in lines if not main(arguments := shlex.split(line, comments=True))]
+    assert done == ["lint", "stats", "preview", "index"]
+    assert Path("shards-stats.png").is_file()
+    assert Path("shards-preview.html").is_file()
+    assert Prepared.load(tmp_path / "data/foreign").splits["train"].samples == 4
