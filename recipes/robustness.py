@@ -54,8 +54,10 @@ def clean(run: Run) -> float:
 
 
 def cost(run: Run, kind: str) -> float:
-    """See the module's text."""
-    values, sizes = run["analysis"]["curves"][kind], run["analysis"]["sizes"]
+    """See the module's text; nan where the run bears no such perturbation."""
+    values, sizes = run["analysis"]["curves"].get(kind), run["analysis"]["sizes"]
+    if values is None:
+        return math.nan
     small = [v for v, size in zip(values, sizes, strict=True) if 0 < size <= COMPARED]
     return math.inf if None in small else statistics.fmean(small) - values[0]
 
@@ -85,6 +87,8 @@ def _by(runs: Runs, name: Any) -> list[Runs]:
 
 
 def _told(values: Sequence[float]) -> str:
+    if any(map(math.isnan, values)):
+        return ""
     known = [v for v in values if math.isfinite(v)]
     if len(known) < len(values):
         return "∞"
@@ -123,7 +127,7 @@ def _forms(runs: Runs) -> list[dict[str, str]]:
 
 def _larger(pairs: Sequence[tuple[float, float]], ratio: bool = False) -> str:
     """In how many pairs the first is larger, the two-sided p-value of their signs, and the median of the ratios."""
-    unequal = [a > b for a, b in pairs if a != b]
+    unequal = [a > b for a, b in pairs if a != b and not math.isnan(a) and not math.isnan(b)]
     if not unequal:
         return ""
     told = f"{sum(unequal)} of {len(unequal)} ({binomtest(sum(unequal), len(unequal)).pvalue:.2g})"
@@ -132,7 +136,7 @@ def _larger(pairs: Sequence[tuple[float, float]], ratio: bool = False) -> str:
 
 
 def _normality(runs: Runs) -> list[dict[str, str]]:
-    """Of free nets before and after training, by cell and task."""
+    """Of free nets before and after training, by cell and task; and their metric, trained free and scaled down then."""
     lines = []
     for group in _by([run for run in runs if parts(run)[2] == FREE], lambda run: parts(run)[:2]):
         line = dict(zip(("task", "cell"), parts(group[0]), strict=False))
@@ -141,7 +145,11 @@ def _normality(runs: Runs) -> list[dict[str, str]]:
             line |= {f"{heading} at start": _told(before), f"{heading} trained": _told(after)}
         further = sum(number(run, "nonnormality") > number(run, "nonnormality_at_start") for run in group)
         line["further from normal than at start"] = f"{further} of {len(group)}"
-        lines.append(line | {"Kreiss": _told([number(run, "kreiss") for run in group])})
+        line["Kreiss"] = _told([number(run, "kreiss") for run in group])
+        for name in ("clean", "scaled_to_norm_1", "scaled_to_radius_1"):
+            known = [number(run, name) if name in run["analysis"]["summary"] else math.nan for run in group]
+            line[f"metric {name.replace('_', ' ')}"] = _told(known)
+        lines.append(line)
     return lines
 
 
@@ -179,7 +187,7 @@ def _helped(runs: Runs) -> list[dict[str, str]]:
 
 
 def _ranks(a: Sequence[float], b: Sequence[float]) -> str:
-    if len(set(a)) < 2 or len(set(b)) < 2 or len(a) < 3:
+    if len(set(a)) < 2 or len(set(b)) < 2 or len(a) < 3 or any(map(math.isnan, [*a, *b])):
         return ""
     found = spearmanr(a, b)
     return f"{found.statistic:+.2f} ({found.pvalue:.1g})"
@@ -193,7 +201,7 @@ def page(runs: Runs, path: Path) -> None:
     form. Below, a panel a task: how costly the attack is against how much states grow."""
     names = [parts(run) for run in runs]
     tasks, cells, forms = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
-    colors = dict(zip(forms, [*COLORS, *("#56b4e9", "#000000", "#999999")], strict=False))
+    colors = dict(zip(forms, itertools.cycle([*COLORS, "#56b4e9", "#000000", "#999999"]), strict=False))
     lines = [(task, kind) for task in tasks for kind in (ATTACK, WEIGHTS)]
     columns = max(len(cells), len(tasks))
     figure, every = plt.subplots(
@@ -217,14 +225,17 @@ def page(runs: Runs, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in every[-1][len(tasks) :]:
         axes.set_visible(False)
-    handles, labels = every[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(forms), frameon=False)
+    drawn = dict(pair for axes in every.flat for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    labels, handles = list(drawn), list(drawn.values())
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(forms), 8), frameon=False)
     picture(figure, path)
 
 
 def _panel(axes: Axes, runs: Runs, kind: str, colors: dict[str, str]) -> None:
     for group in _by(runs, parts):
-        curves = [run["analysis"]["curves"][kind] for run in group]
+        curves = [found for run in group if (found := run["analysis"]["curves"].get(kind)) is not None]
+        if not curves:
+            continue
         form = parts(group[0])[2]
         curve(axes, group[0]["analysis"]["sizes"], curves, colors[form], form)
         size_axis(axes, group[0]["analysis"]["sizes"], "size")

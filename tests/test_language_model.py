@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tests.data.test_language import SHARED, TEXTS
 from tests.helpers import fit, run_ranks
 from trainer import recipe
 from trainer.__main__ import main
+from trainer.config import PROJECT
 from trainer.data.stream import NOTHING
 from trainer.errors import UserError
 from trainer.recipe import Wish
@@ -143,6 +146,40 @@ def test_evaluation_counts_every_token_and_a_run_generates_and_scores(
     assert scorer.score(tokens, torch.tensor([7])).sum() < 0
 
 
+def test_the_commands_of_the_page_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of docs/language.md in order, with a small text and model, and its example of a scorer."""
+    monkeypatch.chdir(tmp_path)
+    page, readme = (PROJECT / "docs/language.md").read_text(), (PROJECT / "README.md").read_text()
+    shown = [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines()]
+    own = [line for line in readme.splitlines() if line.startswith("./launch.sh") and "austen_characters" in line]
+    shown += [line for line in own if line not in shown]
+    shown.append(
+        "./launch.sh evaluate language_model-austen_characters " + re.search(r"`evaluate RUN ([^`]*)`", page)[1]
+    )
+    whole = {**TEXTS, "train": TEXTS["train"] + "It is a truth\n"}
+    for split, content in whole.items():
+        (tmp_path / f"{split}.txt").write_text(content)
+    more = [*SIZES, f"data.path={tmp_path}/made", files(tmp_path), "max_steps=2"]
+    found = {}
+    for verb, what, *given in (shlex.split(line)[1:] for line in shown):
+        assert main([verb, what, *given, *(more if verb in ("prepare", "train") else [])]) == 0, verb
+        if verb == "evaluate":
+            result = json.loads((tmp_path / "runs" / what / "evaluation/test.json").read_text())
+            found[" ".join(given)] = result["metrics"]["nats"]
+        assert verb != "generate" or "It is a truth" in capsys.readouterr().out
+    assert len(found) == 2
+    assert found[""] != found["plan.evaluation_streams=1"]  # fewer pieces begin without a state
+
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    scope: dict[str, Any] = {"tokens": torch.tensor([0, 1, 2, 3]), "rows": torch.tensor([3, 3, 0, 1])}
+    *steps, last = example.replace("language_model-ptb", "language_model-austen_characters").strip().splitlines()
+    exec("\n".join(steps), scope)
+    exec(last, scope | {"tokens": torch.tensor([[0, 1, 2], [3, 4, 5]]), "lengths": torch.tensor([3, 2])})
+    assert scope["log_probabilities"].shape == (4, len(scope["scorer"].vocabulary))
+
+
 def test_words_have_bits_of_characters_and_unknown_ones_are_never_written(text: Path, tmp_path: Path) -> None:
     arguments = [f"data.path={tmp_path}/words", "data.tokens={kind: words}", "model.tied=true"]
     made = recipe.load(CONFIG, [*tiny(text, tmp_path), *arguments])
@@ -156,6 +193,19 @@ def test_words_have_bits_of_characters_and_unknown_ones_are_never_written(text: 
     with torch.no_grad():
         model.output.bias[made.vocabulary.unknown] = 50.0
     assert "<unk>" not in made.generate(model, Wish(0, 50)).text
+
+
+def test_a_cluster_behind_the_vocabulary_is_told(text: Path, tmp_path: Path) -> None:
+    made = recipe.load(CONFIG, tiny(text, tmp_path, "model.softmax={kind: adaptive, cutoffs: [5, 900]}"))
+    with pytest.raises(UserError, match=r"model.softmax.cutoffs = \[5, 900\]: wanted all below \d+, the size"):
+        made.build_model()
+
+
+def test_awd_lstm_has_its_published_weights() -> None:
+    config = recipe.load("language_model/awd_lstm").config.model
+    with torch.device("meta"):
+        model = config.build(10_000)
+    assert sum(p.numel() for p in model.parameters()) == 24_221_600
 
 
 def test_a_run_of_another_recipe_is_no_scorer(tmp_path: Path) -> None:

@@ -327,7 +327,12 @@ def test_a_piece_follows_from_its_seed_and_its_beginning(midi: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [("length=0", "length = '0'"), ("temperature=-1", "temperature = '-1'"), ("seed=x", "seed = 'x': wanted a whole")],
+    [
+        ("length=0", "length = '0'"),
+        ("temperature=1e-300", "wanted 0, or 1e-06 at least"),
+        ("temperature=-1", "temperature = '-1'"),
+        ("seed=x", "seed = 'x': wanted a whole"),
+    ],
 )
 def test_wishes_that_cannot_be_met(given: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "nowhere", given]) == EXIT_USER_MISTAKE

@@ -34,7 +34,9 @@ def sorted_kinds() -> list[str]:
 
 def test_tables_say_what_the_runs_do(tmp_path: Path) -> None:
     rows = [
-        run("pixels", cell, form, seed, clean + seed / 100, rise, radius=radius, lyapunov=lyapunov)
+        run(
+            "pixels", cell, form, seed, clean + seed / 100, rise, radius=radius, lyapunov=lyapunov, scaled_to_norm_1=0.5
+        )
         for cell in ("Elman", "GRU")
         for form, clean, rise, radius, lyapunov in (("free", 0.1, 0.2, 1.3, 0.1), ("norm 1", 0.3, 0.1, 0.9, -0.2))
         for seed in (0, 1, 2)
@@ -58,11 +60,24 @@ def test_tables_say_what_the_runs_do(tmp_path: Path) -> None:
     assert norm["worse clean"] == "6 of 6 (0.031)"  # 2 / 2^6
     assert norm["larger cost of attack; ratio"] == "0 of 6 (0.031); 0.50"
     assert free["worse clean"] == ""
+    scaled = [(line["metric clean"], line["metric scaled to norm 1"]) for line in normality]
+    assert scaled == [("0.11 +- 0.01", "0.5 +- 0"), ("0.11 +- 0.01", "0.5 +- 0"), ("8", "")]
     assert {line["further from normal than at start"] for line in normality} == {"3 of 3", "1 of 1"}
     assert float(together[0]["Lyapunov, cost of attack"].split()[0]) > 0.9
     assert helped[0] == {"task": "pixels"} | {robustness.NAMES[kind]: "0 of 7" for kind in sorted_kinds()}
     assert helped[1][robustness.NAMES[robustness.ATTACK]] == "1 of 7 (1)"
     assert together[0]["clean, non-normality"] == ""  # all nets are equally far from normal
+
+
+def test_any_number_of_forms_and_a_recipe_without_inputs_are_drawn(tmp_path: Path) -> None:
+    rows = [run("words", "LSTM", form, 0, 0.1, 0.2) for form in ("free", *"abcdefgh")]
+    for row in rows:
+        row["analysis"]["curves"] = {kind: row["analysis"]["curves"][kind] for kind in (robustness.WEIGHTS,)}
+    found = robustness.conclude(rows, tmp_path)
+    nets, forms, *_ = found.tables.values()
+    assert [(line["cost of attack"], line["cost of worst E"]) for line in nets] == [("", "0.2")] * 9
+    assert {line["larger cost of attack; ratio"] for line in forms} == {""}
+    assert found.pictures[0].stat().st_size > 10_000
 
 
 def test_a_perturbation_that_has_no_finite_loss_costs_infinitely_much() -> None:

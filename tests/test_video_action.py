@@ -15,6 +15,10 @@ from tests.helpers import fit, run_ranks
 from tests.videos import write_video
 from trainer import confusion, recipe
 from trainer.__main__ import main
+from trainer.analysis import perturbations
+from trainer.analysis.inputs import noisy
+from trainer.analysis.perturbations import Judge
+from trainer.analysis.study import Options, choose, curves_of
 from trainer.config import PROJECT
 from trainer.data import actions, gestures
 from trainer.engine import initialise
@@ -94,6 +98,24 @@ def test_segments_are_averaged_and_bad_places_count_nothing(tmp_path: Path) -> N
     assert [m.count for m in spoiled.metrics.values()] == [2, 2, 6]
     assert len(spoiled.rows) == 2
     assert float(dummy.losses["classes"].sum) == dummy.losses["classes"].count == len(dummy.rows) == 0
+
+
+def test_noise_and_attacks_reach_every_segment_of_a_clip(tmp_path: Path) -> None:
+    sampling = "data.sampling={frames: 4, stride: 1.5, segments: 2, min_share: 1}"
+    made = recipe.load("video_action/jhmdb", joints(tmp_path, sampling, "model.rnn.norm=layer"))
+    model = made.build_model().eval()
+    initialise(model, 0)
+    perturbations.plain_weights(model)
+    judge = Judge(made, model, choose(made.build_dataset("test"), 3))
+    clean, inputs = judge.score(), made.inputs()
+    for kind, run in curves_of(judge, Options(seeds=1, sizes=(0.0, 0.5))):
+        none, some = run()
+        assert none == clean
+        assert some["loss"] != clean["loss"], kind
+    (batch, *_) = judge.batches
+    noise = noisy(batch, inputs, "gaussian", 0.5, 0)["inputs"] - batch["inputs"]
+    assert (noise.flatten(1).abs().amax(1) > 0).all()
+    assert not torch.equal(noise[0], noise[1])
 
 
 def test_half_way_and_resumed_is_the_whole_on_any_number_of_ranks(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What both rivals share: the corpus, the network, the error rate. Nothing of this project is imported.
 
-The network is that of `base/speech_small` as torch writes it: two convolutions of stride 2, a projection, three layers of
-bidirectional `nn.LSTM` with 192 units a direction side by side, a linear map to the labels.
+The network is that of `base/speech_small` as torch writes it: two convolutions of stride 2, a projection, three layers
+of bidirectional `nn.LSTM` with 192 units a direction side by side, a linear map to the labels.
 """
 
 import argparse

@@ -11,7 +11,9 @@ from trainer.__main__ import main
 from trainer.run import read_lines
 
 
-def test_a_run_is_analysed_and_its_report_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_analysed_and_its_report_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_set(tmp_path / "pictures", packed=True)
     corpus = f"data.corpus={{kind: mnist, path: {tmp_path / 'pictures'}}}"
     more = ["data.num_valid=2", "plan.micro_batch_samples=3", "model.hidden_size=8", "model.cell={kind: gru}"]
@@ -21,20 +23,30 @@ def test_a_run_is_analysed_and_its_report_shows_it(tmp_path: Path, monkeypatch: 
     assert {"norm/rnn.layers.0.0", "radius/rnn.layers.0.0", "nonnormality/rnn.layers.0.0"} <= rows[-1].keys()
     assert rows[-1]["gradient/rnn.layers.0"] > 0
     monkeypatch.chdir(tmp_path)
-    assert main(["analyze", "run", "samples=3"]) == 0
+    assert main(["analyze", "run", "samples=3", "sizes=0.1,0.03"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "estimates of the norm, error at most: power method " in told
+    assert "error with every recurrent matrix scaled down, not trained further: norm at most 1: " in told
+    assert main(["analyze", "run", "sizes=0,0.1"]) == 2
+    assert "sizes = '0,0.1': wanted numbers above 0 and up to 1" in capsys.readouterr().err
     folder = tmp_path / "runs/run/analysis"
     values = json.loads((folder / "analysis.json").read_text())
     assert set(values["recurrences"]["rnn.layers.0.0"]["gates"]) == {"reset", "update", "new"}
+    assert values["sizes"] == [0.0, 0.03, 0.1]
+    assert len(values["curves"]["state"]["monitor"][0]) == 3
     assert values["curves"]["pgd_l2"]["monitor"][0][0] == values["summary"]["clean"]
+    assert values["summary"]["scaled_to_norm_1"] == values["normalised"]["norm"]["monitor"]
     assert 0.5 < values["summary"]["nonnormality_at_start"] < 0.9  # a random matrix is far from normal
     assert len(list(folder.glob("*.png"))) == 4
     assert "Recurrence and robustness" in (tmp_path / "runs/run/report.html").read_text()
 
 
-def test_a_recipe_without_numbers_for_inputs_is_told_so(
+def test_what_cannot_be_perturbed_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A recipe that names no inputs, and states that are distributions."""
     small = ["data.delay_steps=12", "data.num_train=20", "data.num_valid=4", "data.num_test=4", "model.hidden_size=8"]
+    small += ["model.cell={kind: rnn, activation: tanh}", "model.norm=none", "model.regularizers.fast_dropout={}"]
     more = [
         "max_steps=1",
         "tracking.wandb=disabled",
@@ -49,7 +61,8 @@ def test_a_recipe_without_numbers_for_inputs_is_told_so(
     assert "the recipe names no inputs that could be perturbed" in told
     assert "rnn.layers.0.0 W: radius" in told
     curves = json.loads((tmp_path / "runs/run/analysis/analysis.json").read_text())["curves"]
-    assert set(curves) == {"weights", "weights_worst", "state", "state_worst"}
+    assert "the states of fast dropout are distributions" in told
+    assert set(curves) == {"weights", "weights_worst"}
 
 
 def test_the_gradient_of_a_layer_is_that_of_all_its_weights() -> None:

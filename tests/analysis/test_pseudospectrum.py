@@ -1,7 +1,10 @@
 """Spectra, pseudo-spectra and estimates against known answers and direct singular value decompositions."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 
 from trainer.analysis import estimates, matrices, pseudospectrum
 from trainer.analysis.pseudospectrum import Resolvent
@@ -63,6 +66,18 @@ def test_criss_cross_ends_on_the_boundary_and_nothing_lies_beyond(name: str, eps
     ):
         assert resolvent.smallest(inside).min() < epsilon < resolvent.smallest(outside).min()
 
+    def lowest(at: Callable[[float], complex], places: np.ndarray) -> float:
+        """The smallest s(z) on the circle or line found, by direct decompositions."""
+        best = places[np.argmin(direct(a, np.array([at(p) for p in places])))]
+        step = float(np.diff(places)[0])
+        climbed = minimize_scalar(
+            lambda p: direct(a, np.array([at(p)]))[0], (best - step, best, best + step), tol=1e-12
+        )
+        return float(climbed.fun)
+
+    assert lowest(lambda t: radius * np.exp(1j * t), np.linspace(0, 2 * np.pi, 91)) == pytest.approx(epsilon, rel=1e-6)
+    assert lowest(lambda y: abscissa + 1j * y, np.linspace(-4, 4, 161)) == pytest.approx(epsilon, rel=1e-6)
+
 
 def test_a_normal_matrix_has_disks_and_a_jordan_block_has_not() -> None:
     a, epsilon = MATRICES["normal"], 0.05
@@ -96,5 +111,5 @@ def test_norm_and_radius_differ_and_plain_power_iteration_misses_a_complex_pair(
     assert estimates.rayleigh_radius(a) == pytest.approx(radius)
     assert estimates.arnoldi_radius(a) == pytest.approx(radius)
     for of in ("norm", "radius"):
-        scaled = estimates.normalised(3 * a, of)
-        assert estimates.size(scaled, of, "exact") == pytest.approx(1.0)
+        assert estimates.size(3 * a * estimates.scale(3 * a, of), of, "exact") == pytest.approx(1.0)
+        assert estimates.scale(a / 9, of) == 1.0

@@ -2,17 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tests.data.test_generated import write_set
 from trainer import recipe
+from trainer.analysis import estimates, jacobian, lipschitz, matrices, perturbations
 from trainer.analysis import inputs as disturbed
-from trainer.analysis import jacobian, lipschitz, perturbations
 from trainer.analysis.perturbations import Judge
-from trainer.analysis.recurrences import logged, recurrences
-from trainer.analysis.study import choose, curves_of
+from trainer.analysis.recurrences import gate_matrices, logged, recurrences
+from trainer.analysis.run import lines
+from trainer.analysis.study import Options, choose, curves_of
 from trainer.engine import initialise
 from trainer.models.rnn import RNNConfig
 
@@ -81,7 +83,7 @@ def test_size_zero_changes_nothing_and_a_larger_attack_never_helps(kind: str, tm
     assert random[0] == clean
     assert random[-1]["loss"] < weights[-1]["loss"]
     assert judged.score() == clean  # all is as it was
-    assert {name for name, _ in curves_of(judged, 1)} == {
+    assert {name for name, _ in curves_of(judged, Options(seeds=1))} == {
         *disturbed.NOISES,
         *disturbed.ATTACKS,
         "weights",
@@ -104,6 +106,50 @@ def test_no_attack_passes_the_lipschitz_bound(tmp_path: Path) -> None:
     attacked = disturbed.attack_curve(judged, inputs, "pgd_l2", SIZES)
     assert certified[0] == attacked[0]["monitor"]
     assert all(bound >= score["monitor"] for bound, score in zip(certified, attacked, strict=True))
+    values = {"inputs": "inputs", "recurrences": {}, "curves": {}, "monitor": "error", "sizes": SIZES}
+    (told,) = lines({**values, "certified": certified})
+    assert told.endswith(f"(certified): 0: {certified[0]:.4g}  0.05: {certified[1]:.4g}  0.2: {certified[2]:.4g}")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("dense", 520), ("block_diagonal", 520), ("diagonal", 520)])
+def test_wide_recurrences_are_logged_by_their_blocks(kind: str, size: int) -> None:
+    config = RNNConfig(hidden_size=size, num_layers=1, norm="none", cell={"kind": "rnn"}, structure={"kind": kind})
+    rnn = config.build(3)
+    initialise(rnn, 0)
+    ((_, layer),) = recurrences(rnn)
+    whole = layer.weight_hh.dense().detach().double().numpy()
+    found = {name.split("/")[0]: value for name, value in logged(rnn).items()}
+    wanted = {"norm": matrices.spectral_norm(whole), "radius": matrices.spectral_radius(whole)}
+    if kind != "dense":
+        wanted["nonnormality"] = matrices.henrici(whole) / np.linalg.norm(whole)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=0.02 if name == "norm" else 1e-3, abs=1e-4), name
+
+
+STRUCTURES = ["dense", "block_diagonal", "diagonal", "low_rank", "banded"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_scaled_down_after_training_is_of_norm_or_radius_one(
+    structure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"block_diagonal": ", num_blocks: 2", "low_rank": ", rank: 3", "banded": ", half_width: 2"}
+    kind = f"model.structure={{kind: {structure}{more.get(structure, '')}}}"
+    judged = judge(tmp_path, kind, "model.cell.kind=gru", "model.parametrization.kind=free")
+    ((_, layer),) = recurrences(judged.model)
+    with torch.no_grad():
+        layer.weight_hh.weight.mul_(4.0)
+    before, clean = gate_matrices(layer), judged.score()
+    seen: list[dict[str, np.ndarray]] = []
+    step = judged.recipe.step
+    monkeypatch.setattr(judged.recipe, "step", lambda *a: seen.append(gate_matrices(layer)) or step(*a))
+    for of in ("norm", "radius"):
+        assert perturbations.normalised_score(judged, of) != clean
+        for gate, a in seen[-1].items():
+            size = estimates.size(before[gate], of, "exact")
+            np.testing.assert_allclose(a, before[gate] / max(size, 1.0), atol=1e-5)
+    assert judged.score() == clean
 
 
 def test_an_orthogonal_recurrence_is_logged_as_normal(tmp_path: Path) -> None:

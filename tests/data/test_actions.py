@@ -255,6 +255,21 @@ def test_two_sets_are_not_mixed(joints: ActionsConfig, tmp_path: Path) -> None:
         joints.corpus.clips(tmp_path, "test", 0)
 
 
+def test_too_few_clips_and_joints_that_are_not_there(joints: ActionsConfig, tmp_path: Path) -> None:
+    for last, wanted in ((4, ""), (5, r"mirror_pairs = \(\(1, 5\),\): a frame has 5 joints, from 0 to 4")):
+        mirrored = joints.model_copy(update={"augment": AugmentConfig(mirror=1, mirror_pairs=((1, last),))})
+        if wanted:
+            with pytest.raises(UserError, match=wanted):
+                ActionsDataset(mirrored, "train", PLAN, 0)
+        else:
+            ActionsDataset(mirrored, "train", PLAN, 0)
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        AugmentConfig(mirror_pairs=((0, -1),))
+    archive(tmp_path / "train.npz", 6)
+    with pytest.raises(UserError, match=r"no clip for valid; .* larger valid_share than 0.2"):
+        joints.corpus.model_copy(update={"valid_share": 0.2}).prepare(tmp_path, lambda *_: None)
+
+
 def test_jhmdb_has_its_clips() -> None:
     if not SHARED.is_dir():
         pytest.skip("the joints of JHMDB are not at hand")
@@ -418,8 +433,19 @@ def test_a_video_is_its_frames(films: Path, tmp_path: Path) -> None:
     assert np.array_equal(frames.read_frames(folder, WIDTH, 3, 100), drawn[::3])
     assert np.array_equal(frames.read_frames(folder, WIDTH, 1, 4), drawn[[0, 4, 7, 11]])
     assert frames.read_frames(folder, 8, 1, 100).shape == (12, 8, 8, 3)
-    with pytest.raises(ClipError, match="cannot be decoded"):
-        frames.read_frames(films / "right/broken.avi", WIDTH, 1, 100)
+    assert np.array_equal(frames.read_frames(folder, WIDTH, 1, 3), drawn[[0, 6, 11]])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(frames, "HELD", 2)  # 12 frames: 4 at once, so the last of every fourth
+        assert np.array_equal(frames.read_frames(folder, WIDTH, 1, 2), drawn[[0, 8]])
+    unknown = tmp_path / "unknown.avi"
+    unknown.write_bytes((films / "right/r1.avi").read_bytes().replace(b"FMP4", b"ZZZZ"))
+    for path in (films / "right/broken.avi", unknown):
+        with pytest.raises(ClipError, match="cannot be decoded"):
+            frames.read_frames(path, WIDTH, 1, 100)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(ClipError, match="cannot be decoded DecompressionBombError"):
+            frames.read_frames(folder, WIDTH, 1, 100)
 
 
 def test_frames_are_those_that_ffmpeg_decodes(tmp_path: Path) -> None:
@@ -471,27 +497,37 @@ def test_shards_hold_frames_or_features(films: Path, tmp_path: Path, where: str)
     shard.write_bytes(content)
     with pytest.raises(ClipError, match="checksum differs"):
         config.clips(tmp_path, "train", 0).read(0)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "corpus.json").write_text('{"settings": {}}')
+    for use in (lambda: config.prepare(tmp_path / "text", print), lambda: config.clips(tmp_path / "text", "test", 0)):
+        with pytest.raises(UserError, match="text: holds another recipe's corpus; name another folder"):
+            use()
     (tmp_path / "train" / "other.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"other.tar: is a shard that `prepare` has not made"):
         config.prepare(tmp_path, lambda *_: None)
 
 
-def test_weights_of_a_file_and_files_that_hold_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "gain"), [("resnet18", 0.1), ("mobilenet_v3_small", 0.3)])
+def test_weights_of_a_file_and_files_that_hold_none(tmp_path: Path, name: str, gain: float) -> None:
     models = pytest.importorskip("torchvision", reason="installed by the extra `video`").models
     torch.manual_seed(3)
-    whole = models.resnet18(weights=None).eval()
-    torch.save(whole.state_dict(), tmp_path / "r18.pth")
+    whole = models.get_model(name, weights=None).eval()
+    for module in whole.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(0.01)  # so small that what is added to it is felt
+            torch.nn.init.constant_(module.weight, gain)
+    torch.save(whole.state_dict(), tmp_path / "net.pth")
     picture = np.random.default_rng(0).integers(0, 255, (2, 48, 48, 3)).astype(np.uint8)
-    found = frames.features(picture, frames.CNNConfig(weights=tmp_path / "r18.pth"))
+    found = frames.features(picture, frames.CNNConfig(name=name, weights=tmp_path / "net.pth"))
     x = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(frames.MEAN)[:, None, None]) / torch.tensor(frames.DEVIATION)[:, None, None]
-    whole.fc = torch.nn.Identity()
+    setattr(whole, "fc" if name == "resnet18" else "classifier", torch.nn.Identity())
     with torch.no_grad():
         np.testing.assert_allclose(found, whole(x), rtol=2e-3, atol=1e-3)  # 16 bits
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    for name, wanted in (("other.pth", "cannot be loaded"), ("none.pth", "cannot be loaded")):
-        config = frames.CNNConfig(weights=tmp_path / name)
-        with pytest.raises(UserError, match=f"weights = .*{name}: {wanted}.* or null for random weights"):
+    for file in ("other.pth", "none.pth"):
+        config = frames.CNNConfig(name=name, weights=tmp_path / file)
+        with pytest.raises(UserError, match=f"weights = .*{file}: cannot be loaded.* or null for random weights"):
             config.build().pretrained.reset_parameters()
     with pytest.raises(UserError, match="cannot be read"):
         frames.CNNConfig(weights=tmp_path / "none.pth").digest()
@@ -523,6 +559,10 @@ def test_layouts_and_lists_of_videos(tmp_path: Path) -> None:
     (hmdb / "Surf_test_split2.txt").write_text("v_Surf_g01_c01.avi 1\nv_Surf_g01_c02.avi 0\nv_Surf_g02_c01.avi 2\n")
     named = {v.key.split("--")[1]: v.split for v in found_videos(root, hmdb, 2, 1)[0]}
     assert named == {"v_Surf_g01_c01": "train", "v_Surf_g02_c01": "test"}
+    for content, wanted in ((b"v_Surf_g01_c01.avi\n", "line 1: .*: wanted 2 words"), (b"\xff.avi 1\n", "in UTF-8")):
+        (hmdb / "Surf_test_split2.txt").write_bytes(content)
+        with pytest.raises(UserError, match=f"Surf_test_split2.txt.*{wanted}"):
+            found_videos(root, hmdb, 2, 1)
 
     (tmp_path / "train" / "Surf").mkdir(parents=True)
     (tmp_path / "test" / "Surf").mkdir(parents=True)

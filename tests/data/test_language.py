@@ -44,6 +44,7 @@ def write_corpus(folder: Path, kind: str) -> dict:
     names = {"ptb": "ptb.{}.txt", "wikitext": "wiki.{}.tokens", "files": "{}.txt"}
     for split, text in TEXTS.items():
         padded = "".join(f" {line} \n" for line in text.splitlines())  # as PTB and WikiText have it
+        padded += " \n" * (kind == "wikitext")  # whose files end with a line that is empty
         (folder / names[kind].format(split)).write_text(padded)
     if kind == "files":
         return {"kind": kind, **{split: folder / f"{split}.txt" for split in SPLITS}}
@@ -55,11 +56,12 @@ def test_each_layout_gives_the_same_texts(tmp_path: Path, kind: str) -> None:
     made = config(tmp_path, corpus=write_corpus(tmp_path / "corpus", kind))
     counts = language.prepare(made, quiet)
     prepared = Prepared.open(made)
+    last = "\n" * (kind == "wikitext")
     for split in SPLITS:
-        assert prepared.vocabulary.decode(prepared.tokens(split)) == TEXTS[split]
-        assert counts[split].characters == counts[split].tokens == len(TEXTS[split])
+        assert prepared.vocabulary.decode(prepared.tokens(split)) == TEXTS[split] + last
+        assert counts[split].characters == counts[split].tokens == len(TEXTS[split] + last)
     data = prepared.dataset("test", StreamConfig(), 0)
-    assert data.units == {"characters": 1.0, "words": 7 / len(TEXTS["test"])}
+    assert data.units == {"characters": 1.0, "words": (7 + len(last)) / counts["test"].tokens}
 
 
 TOKENS = [
@@ -112,6 +114,8 @@ def test_prepared_once_and_refused_for_other_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no prepared text yet; run"):
         Prepared.open(made)
     language.prepare(made, quiet)
+    (tmp_path / "corpus" / "ptb.test.txt").write_text("the text is another\n")
+    assert language.prepare(made, quiet)["test"].tokens == len("the text is another\n")
     (tmp_path / "corpus" / "ptb.train.txt").unlink()  # not read again
     language.prepare(made, quiet)
     other = made.model_copy(update={"tokens": WordsConfig()})
@@ -123,6 +127,30 @@ def test_prepared_once_and_refused_for_other_settings(tmp_path: Path) -> None:
         language.prepare(config(tmp_path / "x", corpus={"kind": "wikitext"}), quiet)
     (made.path / "train.npy").write_bytes(b"nothing")
     language.prepare(config(tmp_path, corpus=write_corpus(tmp_path / "two", "ptb")), quiet)
+
+
+def test_a_full_disk_and_the_corpus_of_another_recipe_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path, corpus=write_corpus(tmp_path / "corpus", "ptb"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match=r"made: cannot be written: No space left on device; make room"):
+            language.prepare(made, quiet)
+    (made.path / "corpus.json").write_text('{"made_of": {}}')
+    for use in (lambda: language.prepare(made, quiet), lambda: Prepared.open(made)):
+        with pytest.raises(UserError, match=r"made: holds another recipe's corpus; name another folder"):
+            use()
+
+
+@pytest.mark.parametrize("damage", ["another member", "cut short"])
+def test_an_archive_that_holds_no_text_is_told(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "text8.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("other" if damage == "another member" else "text8", "some text " * 50)
+    content = path.read_bytes()
+    if damage == "cut short":
+        path.write_bytes(content[:20] + b"?" * 30 + content[50:])
+    with pytest.raises(UserError, match=r"text8.*: no text8 can be read from it \(.*\); fetch it again"):
+        config(tmp_path, corpus={"kind": "text8", "path": path}).corpus.read(tmp_path, quiet)
 
 
 def test_one_text_is_cut_into_three(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ They are two numbers, equal for normal matrices only, and not every method finds
 Sources: Golub & Van Loan 2013, sections 7.3, 8.2, 10.5; torch's spectral_norm runs the first.
 """
 
+import math
 import warnings
 from typing import Literal
 
@@ -87,12 +88,23 @@ def rayleigh_radius(a: Matrix, num_power_steps: int = 50, num_steps: int = 10) -
     return abs(shift)
 
 
-def arnoldi_radius(a: Matrix, num_values: int = 4) -> float:
-    """Spectral radius by ARPACK's restarted Arnoldi method; nan where it does not converge."""
+SPACE = 60
+"""Dimensions of what Arnoldi's method keeps between restarts: eigenvalues of a random matrix lie close."""
+
+
+def arnoldi_radius(a: Matrix, num_values: int = 4, tolerance: float = 0.0, num_restarts: int | None = None) -> float:
+    """Spectral radius by ARPACK's restarted Arnoldi method; nan where it does not converge.
+
+    Args:
+        num_values: that are looked for: the pair wanted, and those that lie near it.
+        tolerance: relative; 0 for all digits.
+        num_restarts: at most; None for ten times the width.
+    """
     if len(a) < num_values + 3:
         return spectral_radius(a)
+    rest = {"ncv": min(len(a), SPACE), "tol": tolerance, "maxiter": num_restarts}
     try:
-        values = eigs(a, num_values, which="LM", v0=start(len(a)), return_eigenvectors=False)
+        values = eigs(a, num_values, which="LM", v0=start(len(a)), return_eigenvectors=False, **rest)
     except ArpackNoConvergence as error:
         values = error.eigenvalues
     return float(np.abs(values).max()) if len(values) else float("nan")
@@ -114,9 +126,11 @@ def size(a: Matrix, of: Size, method: Method) -> float:
     return rayleigh_radius(a) if method == "rayleigh" else arnoldi_radius(a)
 
 
-def normalised(a: Matrix, of: Size, method: Method = "arnoldi") -> Matrix:
-    """A, scaled down to a norm or radius of 1 where it is larger.
+def scale(a: Matrix, of: Size, method: Method = "arnoldi") -> float:
+    """By what A is to be multiplied for a norm or radius of 1: 1 where it is no larger.
 
-    Of norm 1 no step lengthens a state; of radius 1 states may grow for a while, by as much as ||A|| a step.
+    Of norm 1 no step lengthens a state; of radius 1 states may grow for a while, by as much as ||A|| a step. Where the
+    method does not converge, the exact size is taken.
     """
-    return a / max(1.0, size(a, of, method))
+    found = size(a, of, method)
+    return 1 / max(1.0, size(a, of, "exact") if math.isnan(found) else found)

@@ -29,14 +29,15 @@ ROUNDS = 4
 def mask_of(batch: Batch, inputs: Inputs) -> Tensor:
     """1.0 on the numbers that are real, in the shape of the entry."""
     x: Tensor = batch[inputs.name]
-    real = batch["valid"].view(-1, 1).expand(-1, x.shape[1])
+    valid = batch["valid"].repeat_interleave(len(x) // len(batch["valid"]))  # a sample may be several rows
+    real = valid.view(-1, 1).expand(-1, x.shape[1])
     if "lengths" in batch:
         real = real & frame_mask(batch["lengths"], x.shape[1])
     return real.reshape(*real.shape, *[1] * (x.ndim - 2)).expand_as(x).to(x.dtype)
 
 
 def scale_of(batch: Batch, inputs: Inputs) -> Tensor:
-    """What a size is a multiple of, for each sample: (B, 1, ...)."""
+    """What a size is a multiple of, for each row: (B, 1, ...)."""
     x: Tensor = batch[inputs.name]
     return rms(x, mask_of(batch, inputs)) if inputs.relative else x.new_ones(len(x), *[1] * (x.ndim - 1))
 
@@ -73,18 +74,23 @@ def noisy(batch: Batch, inputs: Inputs, kind: str, size: float, seed: int) -> Ba
     mask = mask_of(batch, inputs)
     if kind == "drop":
         frames = -(-x.shape[1] // inputs.frame)
-        kept = drawn(batch, (frames,), kind, seed, normal=False) >= size
+        kept = _drawn(batch, len(x), (frames,), kind, seed, normal=False) >= size
         kept = kept.repeat_interleave(inputs.frame, 1)[:, : x.shape[1]]
         return batch | {inputs.name: x * kept.view(*kept.shape, *[1] * (x.ndim - 2))}
     if kind == "clip":
         top = (x * mask).flatten(1).abs().amax(1).view(-1, *[1] * (x.ndim - 1)) * (1 - size)
         return batch | {inputs.name: torch.where(mask > 0, torch.minimum(torch.maximum(x, -top), top), x)}
     if kind == FLIPS:
-        turned = drawn(batch, x.shape[1:], kind, seed, normal=False) < size
+        turned = _drawn(batch, len(x), x.shape[1:], kind, seed, normal=False) < size
         return batch | {inputs.name: flipped(x, turned * mask)}
-    added = drawn(batch, x.shape[1:], kind, seed, normal=kind == "gaussian")
+    added = _drawn(batch, len(x), x.shape[1:], kind, seed, normal=kind == "gaussian")
     added = added if kind == "gaussian" else 2 * added - 1
     return batch | {inputs.name: _within(x, added * scale_of(batch, inputs) * size, mask, inputs)}
+
+
+def _drawn(batch: Batch, rows: int, shape: Sequence[int], kind: str, seed: int, normal: bool) -> Tensor:
+    """Numbers for each of so many rows, by the key of the sample that it is a part of."""
+    return drawn(batch, (rows // len(batch["keys"]), *shape), kind, seed, normal).flatten(0, 1)
 
 
 class _Bounded(torch.autograd.Function):

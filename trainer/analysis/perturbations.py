@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from trainer import keyed
+from trainer.analysis import estimates
 from trainer.analysis.jacobian import state_size
-from trainer.analysis.recurrences import recurrences
+from trainer.analysis.recurrences import gate_matrices, recurrences
 from trainer.data.dataset import Batch
 from trainer.metrics import Mean, add
 from trainer.models.recurrence import Layer, run
+from trainer.models.regularizers.fast_dropout import MomentLayer
 from trainer.recipe import Recipe
 
 STEPS = 8
@@ -244,6 +246,20 @@ def weight_attack_curve(judge: Judge, sizes: Sequence[float]) -> list[Score]:
     return found
 
 
+@torch.no_grad()
+def normalised_score(judge: Judge, of: estimates.Size) -> Score:
+    """The score with every gate's recurrent matrix scaled down to a norm or radius of 1, where it is above.
+
+    Nothing is trained: it is what the same net would do if its states could not grow, or not for ever.
+    """
+    deltas = {}
+    for name, layer in recurrences(judge.model):
+        factors = torch.tensor([estimates.scale(a, of) for a in gate_matrices(layer).values()])
+        deltas[name] = layer.weight_hh.scaled(factors) - layer.weight_hh.weight
+    with weights_changed(judge.model, deltas):
+        return judge.score()
+
+
 # Initial states
 
 
@@ -252,15 +268,21 @@ def starting_from(model: nn.Module, states: dict[str, Tensor]) -> Iterator[None]
     """Start every recurrence from a state other than zeros.
 
     Args:
-        states: (B, S) by the layer's name, S = H, or 2 H of an LSTM, h first.
+        states: (B, S) by the layer's name, S = H, or 2 H of an LSTM, h first; all rows of a sample that has several
+            start alike.
     """
     names = {layer: name for name, layer in recurrences(model)}
     layers = [m for m in model.modules() if isinstance(m, Layer)] if states else []
 
     def compute_of(layer: Layer) -> Callable[..., Any]:
         ways: list[Any] = list(layer)
-        first = [states[names[way]].split(way.hidden_size, -1) for way in ways]
-        return lambda x, lengths, *_: run(ways, x, lengths, first)
+        given = [states[names[way]] for way in ways]
+
+        def compute(x: Tensor, lengths: Tensor | None, *_: Any) -> Any:
+            rows = [s.repeat_interleave(x.shape[1] // len(s), 0) for s in given]
+            return run(ways, x, lengths, [s.split(way.hidden_size, -1) for s, way in zip(rows, ways, strict=True)])
+
+        return compute
 
     try:
         for layer in layers:
@@ -269,6 +291,11 @@ def starting_from(model: nn.Module, states: dict[str, Tensor]) -> Iterator[None]
     finally:
         for layer in layers:
             del layer.compute
+
+
+def bears_states(model: nn.Module) -> bool:
+    """Whether its recurrences may start from given states; those of fast dropout are distributions."""
+    return not any(isinstance(module, MomentLayer) for module in model.modules())
 
 
 def state_curve(judge: Judge, sizes: Sequence[float], seed: int, attack: bool) -> list[Score]:

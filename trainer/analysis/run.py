@@ -4,6 +4,7 @@ RUN/analysis/ holds `analysis.json` (see `trainer.analysis.study`) and a PNG fil
 """
 
 import json
+import math
 from typing import Any
 
 from trainer import checkpoint
@@ -109,9 +110,11 @@ def cells(values: dict[str, Any]) -> list[list[str]]:
 
 def lines(values: dict[str, Any]) -> list[str]:
     """What else there is to say, a line each."""
-    said = []
+    said = [f"estimates of the {of}, error at most: {told}" for of, told in _estimates(values).items()]
     if values["inputs"] is None:
         said.append("the recipe names no inputs that could be perturbed (`inputs`): matrices and states were, alone")
+    if values["curves"] and "state" not in values["curves"]:
+        said.append("the states of fast dropout are distributions: none was perturbed, nor followed")
     for layer, found in values["recurrences"].items():
         if "dynamics" in found:
             d = found["dynamics"]
@@ -122,10 +125,32 @@ def lines(values: dict[str, Any]) -> list[str]:
         means = [_mean([run[i] for run in curve["monitor"]]) for i in range(len(sizes))]
         told = "  ".join(f"{size:g}: {value}" for size, value in zip(sizes, means, strict=True))
         said.append(f"{monitor} by size, {pictures.NAMES[kind]}: {told}")
+    scaled = [(of, score["monitor"]) for of, score in values.get("normalised", {}).items()]
+    if scaled:
+        told = ", ".join(f"{of} at most 1: {_mean([value])}" for of, value in scaled)
+        said.append(f"{monitor} with every recurrent matrix scaled down, not trained further: {told}")
+    if values.get("certified") is not None:
+        told = "  ".join(f"{size:g}: {_mean([v])}" for size, v in zip(sizes, values["certified"], strict=True))
+        said.append(f"{monitor} by size, at most, whatever attack in the 2-norm (certified): {told}")
     if (bound := values.get("lipschitz")) is not None:
         constant = f"{bound['bound']:.4g}" if bound["bound"] is not None else bound["why_not"] or "beyond numbers"
         said.append(f"Lipschitz bound over {bound['frames']} frames: {constant}")
     return said
+
+
+def _estimates(values: dict[str, Any]) -> dict[str, str]:
+    """Of norm and radius, by how much each method is wrong on the matrix where it is most."""
+    gates = [gate["estimates"] for layer in values["recurrences"].values() for gate in layer["gates"].values()]
+    names = {"power": "power method", "rayleigh": "Rayleigh quotients", "arnoldi": "Arnoldi"}
+    found = {}
+    for of in ("norm", "radius") if gates else ():
+        told = []
+        for method, name in names.items():
+            pairs = [(gate[of][method], gate[of]["exact"]) for gate in gates]
+            wrong = [math.inf if a is None else abs(a - b) / max(b, 1e-30) for a, b in pairs]
+            told.append(f"{name} {100 * max(wrong):.2g} %")
+        found[of] = ", ".join(told)
+    return found
 
 
 def _mean(values: list[float | None]) -> str:

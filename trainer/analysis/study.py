@@ -23,7 +23,7 @@ from trainer.models.recurrence import RecurrentLayer
 from trainer.recipe import Recipe, Split
 
 SIZES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Of all perturbations; see `trainer.analysis.inputs` and `perturbations` for what they are sizes of."""
+"""Of all perturbations, if nobody says others; `trainer.analysis.inputs` and `perturbations` say what they are."""
 COMPARED = 0.1
 """The size at which a summary compares."""
 Progress = Callable[[str, int, int], None]
@@ -38,6 +38,8 @@ class Options:
     """Of the split, for the curves; drawn by keys, so that runs on the same data are judged on the same samples."""
     seeds: int = 3
     """Draws of each kind of noise."""
+    sizes: tuple[float, ...] = SIZES
+    """Of all perturbations: 0, and then rising up to 1."""
     num_points: int = 120
     """Of a side of a pseudo-spectrum's grid."""
     num_powers: int = 100
@@ -73,7 +75,7 @@ def study(recipe: Recipe[Any], model: nn.Module, split: Split, options: Options,
     layers = dict(recurrences.recurrences(model))
     matrices = {name: recurrences.gate_matrices(layer) for name, layer in layers.items()}
     judge = Judge(recipe, model, choose(recipe.build_dataset(split), options.samples))
-    work = curves_of(judge, options.seeds)
+    work = curves_of(judge, options)
     total, done = sum(map(len, matrices.values())) + len(layers) + len(work), 0
 
     def advance() -> None:
@@ -103,7 +105,7 @@ def study(recipe: Recipe[Any], model: nn.Module, split: Split, options: Options,
     for kind, run in work:
         curves.setdefault(kind, []).append(run())
         advance()
-    values["sizes"] = list(SIZES)
+    values["sizes"] = list(options.sizes)
     values["curves"] = {
         kind: {of: [[score[of] for score in run] for run in runs] for of in ("monitor", "loss")}
         for kind, runs in curves.items()
@@ -112,7 +114,9 @@ def study(recipe: Recipe[Any], model: nn.Module, split: Split, options: Options,
         frames = judge.batches[0][inputs.name].shape[1]
         constant, why = lipschitz.bound(model, frames)
         values["lipschitz"] = {"bound": constant, "frames": frames, "why_not": why}
-        values["certified"] = lipschitz.certified_errors(judge, inputs, SIZES)
+        values["certified"] = lipschitz.certified_errors(judge, inputs, options.sizes)
+    if judge.batches:
+        values["normalised"] = {of: perturbations.normalised_score(judge, of) for of in ("norm", "radius")}
     values["summary"] = summary(values)
     return Study(finite(values), arrays)
 
@@ -134,22 +138,25 @@ def _count(batches: Sequence[Batch]) -> int:
     return sum(int(batch["valid"].sum()) for batch in batches)
 
 
-def curves_of(judge: Judge, seeds: int) -> list[tuple[str, Callable[[], list[Score]]]]:
+def curves_of(judge: Judge, options: Options) -> list[tuple[str, Callable[[], list[Score]]]]:
     """The curves that a model bears, each as a function that computes it, one a seed where it is drawn."""
     work: list[tuple[str, Callable[[], list[Score]]]] = []
     if not judge.batches:
         return work
+    seeds, sizes, states = options.seeds, options.sizes, perturbations.bears_states(judge.model)
     if (inputs := judge.recipe.inputs()) is not None:
         for kind in input_changes.noises(inputs):
             for seed in range(seeds):
-                work.append((kind, _bound(input_changes.noise_curve, judge, inputs, kind, SIZES, seed)))
+                work.append((kind, _bound(input_changes.noise_curve, judge, inputs, kind, sizes, seed)))
         for kind in input_changes.attacks(inputs):
-            work.append((kind, _bound(input_changes.attack_curve, judge, inputs, kind, SIZES)))
+            work.append((kind, _bound(input_changes.attack_curve, judge, inputs, kind, sizes)))
     for seed in range(seeds):
-        work.append(("weights", _bound(perturbations.weight_noise_curve, judge, SIZES, seed)))
-        work.append(("state", _bound(perturbations.state_curve, judge, SIZES, seed, False)))
-    work.append(("weights_worst", _bound(perturbations.weight_attack_curve, judge, SIZES)))
-    work.append(("state_worst", _bound(perturbations.state_curve, judge, SIZES, 0, True)))
+        work.append(("weights", _bound(perturbations.weight_noise_curve, judge, sizes, seed)))
+        if states:
+            work.append(("state", _bound(perturbations.state_curve, judge, sizes, seed, False)))
+    work.append(("weights_worst", _bound(perturbations.weight_attack_curve, judge, sizes)))
+    if states:
+        work.append(("state_worst", _bound(perturbations.state_curve, judge, sizes, 0, True)))
     return work
 
 
@@ -188,8 +195,8 @@ def _dynamics(
 
 
 def summary(values: dict[str, Any]) -> dict[str, float]:
-    """A few numbers by which runs are compared: the largest of all recurrences and gates, and the metric clean and
-    at `COMPARED` of each kind of perturbation."""
+    """A few numbers by which runs are compared: the largest of all recurrences and gates, and the metric clean, with
+    matrices scaled down, and at `COMPARED` of each kind of perturbation, if that is one of the sizes."""
     gates = [gate for layer in values["recurrences"].values() for gate in layer["gates"].values()]
     found = {
         name: max((gate[name] for gate in gates), default=math.nan)
@@ -201,10 +208,12 @@ def summary(values: dict[str, Any]) -> dict[str, float]:
         if "dynamics" in layer
     ]
     found["lyapunov"] = max(exponents, default=math.nan)
-    at = SIZES.index(COMPARED)
+    found |= {f"scaled_to_{of}_1": score["monitor"] for of, score in values.get("normalised", {}).items()}
+    sizes = values["sizes"]
     for kind, curve in values["curves"].items():
         found.setdefault("clean", curve["monitor"][0][0])
-        found[kind] = statistics.fmean(run[at] for run in curve["monitor"])
+        if COMPARED in sizes:
+            found[kind] = statistics.fmean(run[sizes.index(COMPARED)] for run in curve["monitor"])
     return found
 
 

@@ -21,6 +21,7 @@ from trainer.data.motions import ClipError, Clips, Split
 from trainer.data.plan import MicroBatch
 from trainer.data.skeletons import JointsConfig, NTUConfig
 from trainer.data.videos import VideosConfig
+from trainer.errors import UserError
 
 CorpusConfig = WatchConfig | JointsConfig | NTUConfig | VideosConfig
 SHOWN = 8
@@ -66,13 +67,27 @@ def _clips(folder: Path, corpus: CorpusConfig, split: Split, seed: int) -> Clips
 
 class ActionsDataset(GeneratedDataset):
     """Batches with `inputs` (B S, n, ...), S segments of each clip one after the other, `lengths` (B S,) of their rows,
-    and `targets` (B,) int64 classes. In training S is 1."""
+    and `targets` (B,) int64 classes. In training S is 1.
+
+    Raises:
+        UserError: the split is not there, or has fewer joints than are to be mirrored.
+    """
 
     plan: GeneratedPlan
 
     def __init__(self, config: ActionsConfig, split: Split, plan: GeneratedConfig, seed: int) -> None:
         self.config, self.split, self.seed = config, split, seed
         self.clips = config.clips(split, seed)
+        pairs, count = config.augment.mirror_pairs, self.clips.shape[0]
+        if (
+            len(self.clips.shape) == 2
+            and config.augment.mirror
+            and max((j for p in pairs for j in p), default=0) >= count
+        ):
+            raise UserError(
+                f"data.augment.mirror_pairs = {pairs}: a frame has {count} joints, from 0 to {count - 1}; set the "
+                "pairs of these, or data.augment.mirror=0"
+            )
         self.segments = 1 if split == "train" else config.sampling.segments
         self.shape = config.frame_shape(self.clips)
         frames = config.sampling.frames * self.segments

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from trainer import keyed
 from trainer.config import Config
@@ -108,7 +108,7 @@ class AugmentConfig(Config):
     """Chance of each joint to stand still at its mean place."""
     mirror: float = Field(0.0, ge=0, le=1)
     """Chance of left and right to change places; of pictures, too."""
-    mirror_pairs: tuple[tuple[int, int], ...] = ()
+    mirror_pairs: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
     """Joints (from 0 on) that are each other's mirror image."""
 
     @field_validator("scale")

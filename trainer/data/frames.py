@@ -6,7 +6,7 @@ order of their names.
 
 import hashlib
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 VIDEOS = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v", ".ogv", ".wmv"}
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the colours of ImageNet, with which torchvision's weights were trained."""
+HELD = 64
+"""Times as many frames of a video in memory as are kept in the end: of longer ones every other is dropped again."""
 AT_A_TIME = 64
 """Frames that a net looks at together in `prepare`."""
 
@@ -88,7 +90,8 @@ class FrameCNN(nn.Module):
         models = _torchvision()
         from torchvision.ops.misc import FrozenBatchNorm2d
 
-        norm = FrozenBatchNorm2d if config.weights is not None else _groups
+        trained = partial(FrozenBatchNorm2d, eps=1e-3) if "mobilenet" in config.name else FrozenBatchNorm2d
+        norm = trained if config.weights is not None else _groups
         self.net = models.get_model(config.name, weights=None, norm_layer=norm)
         head = "fc" if hasattr(self.net, "fc") else "classifier"
         layers = [m for m in getattr(self.net, head).modules() if isinstance(m, nn.Linear)]
@@ -169,10 +172,17 @@ def read_frames(path: Path, size: int, every: int, max_frames: int) -> NDArray[n
         ClipError: it cannot be read, or has no frame.
     """
     pictures = _pictures_of(path) if path.is_dir() else _frames_of(path)
+    found: list[NDArray[np.uint8]] = []
     try:
-        found = [_square(picture, size) for n, picture in enumerate(pictures) if n % every == 0]
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL and FFmpeg raise at damaged files
-        raise ClipError("cannot be decoded", str(error)) from error
+        for n, picture in enumerate(pictures):
+            if n % every == 0:
+                found.append(_square(picture, size))
+            if len(found) > HELD * max_frames:
+                found, every = found[::2], 2 * every
+    except (ClipError, UserError):
+        raise
+    except Exception as error:  # PIL's and FFmpeg's readers raise all kinds of them at damaged files
+        raise ClipError("cannot be decoded", f"{type(error).__name__}: {error}") from error
     if not found:
         raise ClipError("has no frames")
     if len(found) > max_frames:

@@ -4,11 +4,14 @@ data.path/
   raw/              what was fetched
   vocabulary        the tokens, in the form of their kind
   train.npy ...     the tokens of each split, (N,) uint16 or int32
-  corpus.json       settings, and the counts of each split; written last
+  corpus.json       settings, sizes and times of the files that were read, counts of each split; written last
 """
 
+import io
 import json
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,40 +58,70 @@ class Counts:
 
 
 def prepare(config: LanguageDataConfig, progress: Progress) -> dict[Split, Counts]:
-    """Read a corpus, learn the vocabulary, number everything; nothing if that was done.
+    """Read a corpus, learn the vocabulary, number everything; nothing if that was done with the files as they are, or
+    if they are not there any more.
 
     Raises:
-        UserError: a file is missing, or is not what it should be.
+        UserError: a file is missing, or is not what it should be, or nothing can be written.
     """
-    folder = config.path
-    if (found := _read_facts(folder)) is not None and found["settings"] == config.settings():
+    folder, stamps = config.path, _stamps(config.corpus)
+    found = _read_facts(folder) or {"settings": None}
+    if found["settings"] == config.settings() and stamps in (None, found.get("sources", [])):
         return {split: Counts(**found["splits"][split]) for split in SPLITS}
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.path = {folder}: cannot be made: {error.strerror}; name another folder") from error
-    (folder / "corpus.json").unlink(missing_ok=True)
+        (folder / "corpus.json").unlink(missing_ok=True)
     texts = config.corpus.read(folder, progress)
-    if empty := [split for split in SPLITS if not texts[split]]:
+    if empty := [split for split in SPLITS if not texts[split].strip()]:
         raise UserError(f"data.corpus.kind = {config.corpus.kind}: holds no text for {', '.join(empty)}")
     progress("vocabulary", 0, 1)
     vocabulary: Vocabulary = config.tokens.learn(texts)
     progress("vocabulary", 1, 1)
-    (folder / "vocabulary").write_bytes(vocabulary.save())
     kind = np.uint16 if len(vocabulary) <= 1 << 16 else np.int32
     counts: dict[Split, Counts] = {}
-    for number, split in enumerate(SPLITS, 1):
-        text = texts[split]
-        tokens = vocabulary.encode(text)
-        np.save(folder / f"{split}.npy", tokens.astype(kind))
-        words = len(text.split()) + text.count("\n")
-        counts[split] = Counts(len(tokens), len(text), words, zlib.crc32(tokens.tobytes()))
-        progress("splits", number, len(SPLITS))
-    facts = {"settings": config.settings(), "splits": {split: c.__dict__ for split, c in counts.items()}}
-    temporary = folder / "corpus.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    temporary.replace(folder / "corpus.json")
+    with _writing(folder):
+        _replace(folder / "vocabulary", vocabulary.save())
+        for number, split in enumerate(SPLITS, 1):
+            text = texts[split]
+            tokens = vocabulary.encode(text)
+            packed = io.BytesIO()
+            np.save(packed, tokens.astype(kind))
+            _replace(folder / f"{split}.npy", packed.getbuffer())
+            words = sum(len(line.split()) + 1 for line in text.split("\n")) - 1
+            counts[split] = Counts(len(tokens), len(text), words, zlib.crc32(tokens.tobytes()))
+            progress("splits", number, len(SPLITS))
+        splits = {split: c.__dict__ for split, c in counts.items()}
+        facts = {"settings": config.settings(), "sources": stamps, "splits": splits}
+        _replace(folder / "corpus.json", json.dumps(facts, indent=1).encode())
     return counts
+
+
+def _stamps(corpus: TextCorpusConfig) -> list[list[int]] | None:
+    """Size and time of change of each file that a text is read from; None where one is not there."""
+    try:
+        return [[s.st_size, s.st_mtime_ns] for s in (path.stat() for path in corpus.sources())]
+    except (OSError, UserError):
+        return None
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"data.path = {folder}: cannot be written: {error.strerror or error}; make room, or name another folder"
+        ) from error
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all: a run may be reading the one before."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_facts(folder: Path) -> dict[str, Any] | None:
@@ -100,6 +133,8 @@ def _read_facts(folder: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{show(folder / 'corpus.json')}: is damaged; delete it and run `./launch.sh prepare`"
         ) from error
+    if not isinstance(facts, dict) or not {"settings", "splits"} <= facts.keys():
+        raise UserError(f"data.path = {folder}: holds another recipe's corpus; name another folder")
     return facts
 
 

@@ -39,6 +39,11 @@ class JointsConfig(Config):
     def prepare(self, folder: Path, progress: Progress) -> str:
         """Nothing to make: look at the archives."""
         parts = {split: self.clips(folder, split, 0) for split in ("train", "valid", "test")}
+        if empty := [split for split, p in parts.items() if not len(p.labels)]:
+            raise UserError(
+                f"data.corpus.path = {self.path}: no clip for {' and '.join(empty)}; name an archive for it, or for "
+                f"validation a larger valid_share than {self.valid_share}"
+            )
         classes = len(parts["train"].classes)
         return f"{classes} classes; " + ", ".join(
             f"{split} {len(p.labels):,} clips of {p.lengths.sum():,} frames" for split, p in parts.items()

@@ -8,6 +8,7 @@ enwik8, split as by Graves 2013, arXiv:1308.0850).
 """
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,6 +49,10 @@ class AustenConfig(Config):
     valid_share: float = Field(0.05, gt=0, lt=1)
     """The end of each other novel, for validation."""
 
+    def sources(self) -> list[Path]:
+        """The files that the text is read from, where they are the user's own; here a package of one content."""
+        return []
+
     def read(self, folder: Path, progress: Progress) -> Texts:
         root = fetch(PACKAGE, folder / "raw", self.kind, progress)
         data = (root / PACKAGE.holds).parent
@@ -74,16 +79,19 @@ class _FilesConfig(Config):
         """What the file of each split may be called."""
         raise TypeError(f"{type(self).__name__} lacks _names")
 
-    def read(self, folder: Path, progress: Progress) -> Texts:
-        place, found = _place(self.path), {}
-        for split, names in self._names().items():
+    def sources(self) -> list[Path]:
+        place, found = _place(self.path), []
+        for names in self._names().values():
             path = next((p for name in names if is_file(p := place / name)), None)
             if path is None:
                 raise UserError(
                     f"data.corpus.path = {place}: holds no {' and no '.join(names)}; name the folder that does"
                 )
-            found[split] = _joined(_read(path).split("\n"))
+            found.append(path)
         return found
+
+    def read(self, folder: Path, progress: Progress) -> Texts:
+        return {split: _text(path) for split, path in zip(self._names(), self.sources(), strict=True)}
 
 
 class PennTreebankConfig(_FilesConfig):
@@ -112,17 +120,25 @@ class _MahoneyConfig(Config):
     sizes: tuple[int, int, int] = (90_000_000, 5_000_000, 5_000_000)
     """Characters for training, validation and test."""
 
-    def read(self, folder: Path, progress: Progress) -> Texts:
+    def sources(self) -> list[Path]:
         kind: str = self.kind  # type: ignore[attr-defined]
         place = _place(self.path)
         path = next((p for p in (place, place / kind, place / f"{kind}.zip") if is_file(p)), None)
         if path is None:
             raise UserError(f"data.corpus.path = {place}: is neither {kind}, packed or not, nor its folder")
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                content = archive.read(kind)
-        else:
-            content = path.read_bytes()
+        return [path]
+
+    def read(self, folder: Path, progress: Progress) -> Texts:
+        kind: str = self.kind  # type: ignore[attr-defined]
+        (path,) = self.sources()
+        try:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    content = archive.read(kind)
+            else:
+                content = path.read_bytes()
+        except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{show(path)}: no {kind} can be read from it ({error}); fetch it again") from error
         if len(content) != sum(self.sizes):
             raise UserError(f"{show(path)}: holds {len(content):,} bytes, wanted {sum(self.sizes):,}; fetch it again")
         text = content.decode("latin-1")
@@ -161,13 +177,16 @@ class PlainConfig(Config):
             raise ValueError(f"shares = {self.shares}: wanted two shares above 0 that leave something for training")
         return self
 
-    def read(self, folder: Path, progress: Progress) -> Texts:
+    def sources(self) -> list[Path]:
         if self.train is None:
             raise UserError("data.corpus.train: is missing; set it to a text file")
-        text = _joined(_read(self.train).split("\n"))
-        if self.valid is not None and self.test is not None:
-            others: Texts = {"valid": _joined(_read(self.valid).split("\n"))}
-            return {"train": text, **others, "test": _joined(_read(self.test).split("\n"))}
+        return [path for path in (self.train, self.valid, self.test) if path is not None]
+
+    def read(self, folder: Path, progress: Progress) -> Texts:
+        text, *others = map(_text, self.sources())
+        if others:
+            valid, test = others
+            return {"train": text, "valid": valid, "test": test}
         a, b = round(len(text) * (1 - sum(self.shares))), round(len(text) * (1 - self.shares[1]))
         return {"train": text[:a], "valid": text[a:b], "test": text[b:]}
 
@@ -184,21 +203,20 @@ def _place(path: Path | None) -> Path:
     return path
 
 
-def _read(path: Path) -> str:
+def _text(path: Path) -> str:
+    """A file as one text."""
     try:
-        return path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"{show(path)}: cannot be read: {error.strerror}; name another file in data.corpus") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{show(path)}: is not UTF-8 text: {error}; convert it") from error
+    return _joined(lines if lines[-1] else lines[:-1])  # a line feed at the end begins no other line
 
 
 def _joined(lines: Sequence[str]) -> str:
-    """Lines as one text: no spaces at their ends, each with a line feed behind it; an empty end is none."""
-    stripped = [line.strip() for line in lines]
-    while stripped and not stripped[-1]:
-        stripped.pop()
-    return "".join(f"{line}\n" for line in stripped)
+    """Lines as one text: no spaces at their ends, each with a line feed behind it."""
+    return "".join(f"{line.strip()}\n" for line in lines)
 
 
 def _paragraphs(lines: Sequence[str | None]) -> list[str]:

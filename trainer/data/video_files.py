@@ -93,13 +93,11 @@ def _listed(folder: Path, fold: int) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for split in ("train", "test"):
         path = folder / f"{split}list{fold:02d}.txt"
-        for line in _lines(path):  # CLASS/NAME.avi, and the number of the class
-            given = Path(line.split()[0])
+        for given in (Path(words[0]) for words in _lines(path, 1)):  # CLASS/NAME.avi, and the number of the class
             found[given.parent.name, given.stem] = split
     ending = f"_test_split{fold}.txt"
     for path in sorted(folder.glob(f"*{ending}")):
-        for line in _lines(path):  # NAME.avi, and 1 for training, 2 for test, 0 for neither
-            name, number = line.split()[:2]
+        for name, number, *_ in _lines(path, 2):  # NAME.avi, and 1 for training, 2 for test, 0 for neither
             if number in ("1", "2"):
                 found[path.name.removesuffix(ending), Path(name).stem] = "train" if number == "1" else "test"
     if not found:
@@ -110,5 +108,17 @@ def _listed(folder: Path, fold: int) -> dict[tuple[str, str], str]:
     return found
 
 
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if path.is_file() else []
+def _lines(path: Path, num_words: int) -> list[list[str]]:
+    """The words of each line that is not empty; no line where there is no such file.
+
+    Raises:
+        UserError: the file cannot be read, or a line has fewer words.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{show(path)}: cannot be read: {error}; wanted a split list in UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if 0 < len(line.split()) < num_words:
+            raise UserError(f"{show(path)} line {number}: {line[:80]!r}: wanted {num_words} words; mend or remove it")
+    return [words for line in lines if (words := line.split())]

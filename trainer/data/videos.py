@@ -5,6 +5,7 @@ the class, as webdataset reads it) and `KEY.json` of each clip; its index lies b
 says what they were made of, and the class of each clip.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -66,6 +67,8 @@ class VideosConfig(Config):
         """Write the shards that are not there yet."""
         videos, classes = found_videos(self.path, self.lists, self.fold, self.valid_percent)
         made_of = self.made_of()
+        with contextlib.suppress(FileNotFoundError, ValueError):  # one that is damaged is made anew
+            _check(folder, json.loads((folder / CORPUS).read_text(encoding="utf-8")))
         tasks = []
         for split in SPLITS:
             own = sorted((v for v in videos if v.split == split), key=lambda v: percentile(v.key))  # classes mixed
@@ -143,11 +146,17 @@ def _corpus(folder: Path) -> dict[str, Any]:
     path = folder / CORPUS
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
     except FileNotFoundError as error:
         raise UserError(f"{show(path)}: is not there; run `./launch.sh prepare CONFIG` first") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{show(path)}: is damaged ({error}); run `./launch.sh prepare CONFIG` again") from error
+    _check(folder, found)
+    return found
+
+
+def _check(folder: Path, found: Any) -> None:
+    if not isinstance(found, dict) or not {"made_of", "labels"} <= found.keys():
+        raise UserError(f"data.path = {folder}: holds another recipe's corpus; name another folder")
 
 
 def _left_over(folder: Path, wanted: set[Path]) -> list[Path]:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from trainer import keyed
 from trainer.config import Config
+from trainer.errors import UserError
 from trainer.models.recurrence import State
 from trainer.models.regularizers.dropout import drop
 from trainer.models.rnn import RNNConfig
-from trainer.models.softmax import FullConfig, SoftmaxConfig
+from trainer.models.softmax import AdaptiveConfig, FullConfig, SoftmaxConfig
 
 Carried = dict[str, Tensor]
 """The last state of each layer, (B, H) each: "0.h", for an LSTM "0.c", "1.h" and so on."""
@@ -45,6 +46,16 @@ class LanguageModelConfig(Config):
         return self
 
     def build(self, num_tokens: int) -> "LanguageModel":
+        """The model of a vocabulary.
+
+        Raises:
+            UserError: a cluster of the softmax would begin behind it.
+        """
+        if isinstance(self.softmax, AdaptiveConfig) and self.softmax.cutoffs[-1] >= num_tokens:
+            raise UserError(
+                f"model.softmax.cutoffs = {list(self.softmax.cutoffs)}: wanted all below {num_tokens}, the size of the "
+                "vocabulary; lower them, or take model.softmax.kind = full"
+            )
         return LanguageModel(self, num_tokens)
 
 

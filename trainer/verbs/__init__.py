@@ -136,6 +136,23 @@ def positive(text: str | None, name: str) -> int | None:
     return int(text)
 
 
+def shares(text: str | None, name: str) -> list[float]:
+    """Numbers above 0 and up to 1, with commas between them, sorted; none of None.
+
+    Raises:
+        UserError: it is something else.
+    """
+    from trainer.errors import UserError
+
+    try:
+        found = sorted({float(part) for part in text.split(",")}) if text is not None else []
+    except ValueError:
+        found = [0.0]
+    if not all(0 < value <= 1 for value in found):
+        raise UserError(f"the command line: {name} = {text!r}: wanted numbers above 0 and up to 1, as 0.01,0.1")
+    return found
+
+
 def number(text: str | None, name: str, default: float, whole: bool = False) -> float:
     """A number from 0 on, or the default.
 

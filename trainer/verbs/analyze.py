@@ -2,6 +2,7 @@
 
     ./launch.sh analyze pixels-permuted              200 samples of the test split
     ./launch.sh analyze runs/speech-tones split=valid samples=50
+    ./launch.sh analyze speech-tones sizes=0.01,0.0316,0.1      sound at 40, 30 and 20 dB
 
 Writes RUN/analysis/analysis.json and pictures, shows them in the report and sends them to W&B. docs/analysis.md says
 what each number means.
@@ -9,20 +10,22 @@ what each number means.
 
 import argparse
 
-from trainer.verbs import add_run, open_run, positive, take
+from trainer.verbs import add_run, open_run, positive, shares, take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.epilog = (
-        "split=test: train, valid or test; samples=200: how many of it are perturbed; other key=value change the "
-        "saved configuration"
+        "split=test: train, valid or test; samples=200: how many of it are perturbed; sizes=0.01,0.1: of all "
+        "perturbations; other key=value change the saved configuration"
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
     given, arguments.overrides = take(arguments.overrides, "samples")
     samples = positive(given, "samples")
+    given, arguments.overrides = take(arguments.overrides, "sizes")
+    sizes = shares(given, "sizes")
     run, recipe, split = open_run(arguments)
 
     from rich.console import Console
@@ -33,7 +36,7 @@ def main(arguments: argparse.Namespace) -> int:
     from trainer.config import show
     from trainer.data.parallel import Display
 
-    options = Options() if samples is None else Options(samples=samples)
+    options = Options(samples=samples or Options.samples, sizes=(0.0, *sizes) if sizes else Options.sizes)
     console = Console()
     with Display(console) as progress:
         values = analysis.analyze(run, recipe, split, options, progress)

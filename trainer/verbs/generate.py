@@ -12,6 +12,9 @@ import argparse
 
 from trainer.verbs import add_run, number, open_run, positive, take
 
+COLDEST = 1e-6
+"""Below, a log-probability divided by the temperature overflows."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
@@ -27,6 +30,10 @@ def main(arguments: argparse.Namespace) -> int:
     count = positive(given["count"], "count") or 1
     seed = int(number(given["seed"], "seed", 0.0, whole=True))
     temperature = number(given["temperature"], "temperature", 1.0)
+    if 0 < temperature < COLDEST:
+        from trainer.errors import UserError
+
+        raise UserError(f"the command line: temperature = {temperature:g}: wanted 0, or {COLDEST:g} at least")
     length = positive(given["length"], "length")
     run, recipe, _ = open_run(arguments)
 

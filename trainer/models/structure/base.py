@@ -85,6 +85,10 @@ class Structure(nn.Module):
         """(G H, H) matrices with zeros on the structure."""
         return matrix.reshape(-1).index_fill(0, self._places.to(matrix.device), 0.0).view(matrix.shape)
 
+    def scaled(self, factors: Tensor) -> Tensor:
+        """`weight` with the matrix of each gate multiplied by a number of `factors` (G,)."""
+        return (self.weight.reshape(self.num_gates, -1) * factors[:, None]).view(self.weight.shape)
+
     def num_weights(self) -> int:
         """Free numbers: what is trained and saved."""
         return sum(p.numel() for p in self.parameters())

@@ -43,6 +43,10 @@ class LowRank(Structure):
         a, b = self.weight
         return torch.einsum("ghr,...gr->...gh", a, torch.einsum("ghr,...h->...gr", b, h)).flatten(-2)
 
+    def scaled(self, factors: Tensor) -> Tensor:
+        a, b = self.weight
+        return torch.stack([a * factors[:, None, None], b])
+
     def dense(self) -> Tensor:
         a, b = self.weight
         return (a @ b.mT).flatten(0, 1)
