@@ -125,7 +125,7 @@ class _Child:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context(START_METHOD)
+        context: Any = multiprocessing.get_context(START_METHOD)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_run, args=(theirs, *self.arguments))
         self.process.start()
