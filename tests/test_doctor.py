@@ -116,14 +116,13 @@ def test_a_folder_that_cannot_be_written(
     assert not (tmp_path / "runs").exists()
 
 
-def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    quota.write_text("50000 100000\n")
+def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.cpu.quota", lambda: 0.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "4000")
     with pytest.raises(doctor.Problem, match="set OMP_NUM_THREADS=1"):
-        doctor.cores(quota)
+        doctor.cores()
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert "quota allows 0.5" in doctor.cores(quota)
+    assert "control group allows 0.5" in doctor.cores()
 
 
 def test_a_failing_group_names_the_reason_not_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,15 +298,14 @@ def tracking() -> str:
     return "W&B has a key, runs go online" if has_key() else "W&B has no key, runs stay offline (`wandb login`)"
 
 
-def cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:
+def cores() -> str:
     """Processors this process may use, and whether the threads fit on them."""
+    from kernels import cpu
+
     usable = len(os.sched_getaffinity(0))
-    allowed, said = float(usable), f"{usable} cores"
-    if quota_file.is_file():
-        amount, _, period = quota_file.read_text(encoding="utf-8").partition(" ")
-        if amount.isdigit() and int(amount) / int(period) < usable:
-            allowed = int(amount) / int(period)
-            said += f", of which the container's quota allows {allowed:.1f}"
+    allowed, said = min(usable, cpu.quota()), f"{usable} cores"
+    if allowed < usable:
+        said += f", of which the quota of a control group allows {allowed:.1f}"
     fitting = max(1, int(allowed))
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is not None and (not threads.isdigit() or int(threads) > fitting):
