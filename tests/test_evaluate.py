@@ -16,6 +16,7 @@ import pytest
 from tests.helpers import TINY, fit, overrides, run_ranks, spoil
 from trainer import recipe
 from trainer.__main__ import main
+from trainer.__main__ import run as started
 from trainer.config import PROJECT
 from trainer.evaluation import read_evaluation
 from trainer.run import read_lines
@@ -47,6 +48,18 @@ def test_another_model_or_alphabet_is_a_mistake(run: Path, tmp_path: Path) -> No
         run_ranks(1, evaluated, run, f"data.path={tmp_path / 'other'}")
     with pytest.raises(RuntimeError, match=r"model.rnn.hidden_size = 8: the run was trained with 16"):
         run_ranks(1, evaluated, run, "model.rnn.hidden_size=8")
+    with pytest.raises(RuntimeError, match=r"alphabet: saved ' abcdefgh', now ' hgfedcba'"):
+        run_ranks(1, tuned, run, f"data.path={tmp_path / 'other'}")
+
+
+def tuned(ranks: Any, run: Path, *arguments: str) -> None:
+    started("tune", [str(run), "decoder.language_model=null", *arguments])
+
+
+def test_no_decoder_is_recorded_where_nothing_can_be_scored(run: Path) -> None:
+    with pytest.raises(RuntimeError, match="no words of the split valid can be scored"):
+        run_ranks(1, tuned, run, "plan.max_seconds=0.1")
+    assert not (run / "decoder.yaml").exists()
 
 
 def test_what_was_not_scored_is_told(run: Path, corpus: Path, tmp_path: Path) -> None:

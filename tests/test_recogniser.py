@@ -1,7 +1,9 @@
 """A recogniser hears the same however sound comes: at once, in pieces, by a pipe, at another rate, in long files."""
 
+import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ import torch
 import torchaudio
 
 import trainer
-from tests.helpers import overrides
+from tests.helpers import overrides, spoil
 from trainer import config as configuration
 from trainer import recipe, recogniser, sounds
 from trainer.__main__ import main, run
@@ -144,7 +146,8 @@ def exported(tmp_path, corpus):
     torch.save(model.state_dict(), folder / "weights.pt")
     plain = configuration.plain(recipe.load("speech/tones", [*overrides(corpus, tmp_path), *more]).config)
     (folder / "config.yaml").write_text(configuration.dump_yaml(plain))
-    (folder / "export.json").write_text(json.dumps({"labels": {"alphabet": made.tokens.identity}}))
+    digest = hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()
+    (folder / "export.json").write_text(json.dumps({"labels": {"alphabet": made.tokens.identity}, "sha256": digest}))
     return folder
 
 
@@ -185,20 +188,61 @@ def test_a_beam_search_needs_no_corpus_where_its_ngram_is_a_file(exported, tmp_p
 def test_what_cannot_be_heard_is_the_users_to_mend(exported, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "text.wav").write_text("no sound")
     monkeypatch.setitem(sys.modules, "sounddevice", None)
+    wave = sound(0.5)
+    wave[7000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", wave, 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match="no finite numbers"):
+        build().transcribe(wave)
     for arguments, told in (
         ([str(tmp_path / "text.wav")], "is no sound"),
         ([str(tmp_path / "absent.wav")], "there is no such file"),
         (["microphone"], "pip install 'ostinato\\[microphone\\]'"),
+        ([str(tmp_path / "nan.wav")], r"nan\.wav: holds samples that are no finite numbers"),
         (["x.wav", "--chunk-ms", "0"], "--chunk-ms"),
+        (["x.wav", "--chunk-ms", "nan"], "--chunk-ms nan: wanted more than 0"),
+        (["x.wav", "model.rnn.num_layers=1"], r"model\.rnn\.num_layers = 1: the run was trained with 2"),
+        (["x.wav", "data.features.hop_ms=20"], r"data\.features\.hop_ms = 20\.0: the run was trained with 10\.0"),
+        (["x.wav", "data.sample_rate_hz=8000"], r"data\.sample_rate_hz = 8000: the run was trained with 16000"),
         (["x.wav", "datta.path=x"], "datta: unknown key; did you mean data"),
     ):
         with pytest.raises(UserError, match=told):
             run("transcribe", [str(exported), *arguments])
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="is not a run directory"):
+            trainer.load(name)
     with pytest.raises(UserError, match=r"model\.rnn\.directions = sum"):
         build("sum").stream()
     text = (exported / "config.yaml").read_text().replace("recipe: speech", "recipe: copying")
     (exported / "config.yaml").write_text(text)
     assert main(["transcribe", str(exported), "x.wav"]) == 2
+
+
+@pytest.mark.parametrize("start", [b"fLaC", b"OggS", b"ID3", b"RF64"], ids=bytes.decode)
+def test_files_that_are_no_samples_are_not_heard_as_noise(start: bytes) -> None:
+    pipe = io.BufferedReader(io.BytesIO(start + bytes(2000)))
+    with pytest.raises(UserError, match=r"standard input: is .*, not samples"):
+        list(sounds.of_stream(pipe, 16000, 0.1, None))
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None], ids=str)
+def test_weights_that_are_not_those_of_the_export_are_refused(exported, content: bytes | None) -> None:
+    path = exported / "weights.pt"
+    if content is None:  # others, whole
+        weights = torch.load(path)
+        torch.save({name: 0 * value for name, value in weights.items()}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.pt, [\d,]+ bytes, has another SHA-256"):
+        trainer.load(exported)
+
+
+def test_a_damaged_clip_costs_only_itself_where_errors_are_counted(corpus, tmp_path, caplog) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    task = recipe.load("speech/tones", overrides(data, tmp_path))
+    whole = task.utterances("test", 50)
+    (key,) = spoil(data / "test", 1)
+    assert [text for _, text in task.utterances("test", 50)] == [text for _, text in whole[1:]]
+    assert f"{key} (test) is left out" in caplog.text
 
 
 def test_standard_input_of_a_process(exported) -> None:

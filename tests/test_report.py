@@ -193,3 +193,7 @@ def test_gradient_norms_of_layers_are_drawn() -> None:
     axes = curves([{"step": 1, "loss": 2.0}], rows, [])["gradient-norm-of-layers"].axes[0]
     assert [line.get_label() for line in axes.lines] == ["step 5", "step 14", "step 20"]
     assert list(axes.lines[0].get_ydata()) == [10.0**-i for i in range(12)]
+    rows[0] |= {"gradient/rnn.layers.3": 0.0, "gradient/rnn.layers.5": None}
+    line = curves([{"step": 1, "loss": 2.0}], rows, [])["gradient-norm-of-layers"].axes[0].lines[0]
+    assert list(line.get_xdata()) == list(range(1, 13))
+    assert np.isnan(line.get_ydata()).nonzero()[0].tolist() == [3, 5]

@@ -7,8 +7,10 @@ import torch
 from torchaudio.functional import rnnt_loss
 
 from tests.helpers import fit, run_ranks
+from trainer import recipe
 from trainer.data.audio import FeaturesConfig
 from trainer.engine import initialise
+from trainer.errors import UserError
 from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.models.encoders import Conv1dConfig, ConvLayerConfig
 from trainer.models.rnn import RNNConfig
@@ -75,6 +77,11 @@ def test_decoding_takes_the_likeliest_step_by_step() -> None:
             assert int(best[t, u]) == found[u]
             u += 1
     assert u == len(found)
+
+
+def test_a_head_that_nothing_trains_is_refused() -> None:
+    with pytest.raises(UserError, match=r"encoder\.intermediate_ctc = 0\.3: a transducer trains"):
+        recipe.load("transducer/tones", ["model.encoder.intermediate_ctc=0.3"])
 
 
 def test_it_trains(corpus, tmp_path) -> None:

@@ -122,13 +122,14 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
     for i, row in enumerate(refused):
         axes.axvline(row["step"], color=ORANGE, linestyle=":", label=None if i else "refused step")
 
-    layers = [(row["step"], [v for k, v in row.items() if k.startswith("gradient/") and v]) for row in valid]
-    layers = [(step, norms) for step, norms in layers if len(norms) > 1]
+    # A norm of zero, or none, has no place on the scale and leaves a gap: the layers keep their numbers.
+    layers = [(row["step"], [v or math.nan for k, v in row.items() if k.startswith("gradient/")]) for row in valid]
+    layers = [(step, norms) for step, norms in layers if len(norms) > 1 and any(map(math.isfinite, norms))]
     if layers:
         figures["gradient-norm-of-layers"], axes = _axes("gradient norm of a layer")
         axes.set(xlabel="layer", yscale="log")
         for (step, norms), color in zip(_few(layers, 3), (GREEN, ORANGE, BLUE), strict=False):
-            axes.plot(range(1, len(norms) + 1), norms, color=color, label=f"step {step}")
+            axes.plot(range(1, len(norms) + 1), norms, ".-", color=color, label=f"step {step}", markersize=3)
 
     figures["throughput"], axes = _axes("hours of audio an hour (x real time)" if sound else "tokens a second")
     speed = ("audio_hours_per_second", 3600) if sound else ("tokens_per_second", 1)

@@ -32,6 +32,10 @@ from trainer.tracking import TrackingConfig
 
 Split = Literal["train", "valid", "test"]
 
+FEATURES = ("kind", "num_bands", "window_ms", "hop_ms")
+MADE_FOR = ("model.", "data.sample_rate_hz", *(f"data.features.{name}" for name in FEATURES))
+"""Keys on which it depends what trained weights compute."""
+
 State = dict[str, Tensor]
 """What a micro-batch hands to the next one of its number: the last hidden states of a stream, by name."""
 
@@ -324,3 +328,21 @@ def from_plain(values: dict[str, Any], origin: str, overrides: Sequence[str] = (
     configuration.override(source, overrides)
     cls = find_recipe(source.values.get("recipe"), origin)
     return cls(configuration.validate(cls.config_class(), source))
+
+
+def of_trained(values: dict[str, Any], origin: str, overrides: Sequence[str]) -> Recipe[Any]:
+    """The same of a run that is trained, with overrides.
+
+    Raises:
+        UserError: they change what its weights were made for.
+    """
+    trained, recipe = from_plain(values, origin), from_plain(values, origin, overrides)
+    changed = configuration.differences(configuration.plain(trained.config), recipe.config)
+    lines = [
+        f"the command line: {name} = {new!r}: the run was trained with {old!r}"
+        for name, old, new in changed
+        if name.startswith(MADE_FOR)
+    ]
+    if lines:
+        raise UserError("\n".join(lines) + "\na trained model keeps its shape: leave it out, or train another run")
+    return recipe

@@ -11,7 +11,11 @@ for samples in microphone:              # any number of samples at a time, at re
 print(stream.finish())
 """
 
+import hashlib
+import io
 import json
+import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ from trainer.decoding.tuning import with_recorded
 from trainer.errors import UserError
 from trainer.models.acoustic import AcousticModel
 from trainer.models.streaming import AcousticStream, for_inference
-from trainer.recipe import Recipe, from_plain
+from trainer.recipe import Recipe, of_trained
 from trainer.run import RunDirectory
 
 PAUSE_SECONDS = 0.8
@@ -282,7 +286,7 @@ def samples(sound: NDArray[Any] | Tensor) -> Tensor:
     """Samples (N,) as float32 in [-1, 1].
 
     Raises:
-        ValueError: of another shape or type.
+        ValueError: of another shape or type, or not finite.
     """
     wave = torch.as_tensor(np.ascontiguousarray(sound) if isinstance(sound, np.ndarray) else sound)
     if wave.ndim != 1:
@@ -291,6 +295,8 @@ def samples(sound: NDArray[Any] | Tensor) -> Tensor:
         return wave.float() / 32768
     if not wave.is_floating_point():
         raise ValueError(f"sound is of {wave.dtype}, wanted floating point in [-1, 1] or int16")
+    if not wave.isfinite().all():
+        raise ValueError("sound holds samples that are no finite numbers")
     return wave.float()
 
 
@@ -320,16 +326,19 @@ def open_weights(
     """
     folder = Path(run)
     facts = folder / "export.json"
-    if facts.is_file():
+    if os.path.isfile(facts):  # takes any name; that of Path, only one that a folder can have
         try:
-            labels = json.loads(facts.read_text(encoding="utf-8"))["labels"]
-            weights = torch.load(folder / "weights.pt", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            said = json.loads(facts.read_text(encoding="utf-8"))
+            labels, content = said["labels"], (folder / "weights.pt").read_bytes()
+            if hashlib.sha256(content).hexdigest() != said["sha256"]:
+                raise ValueError(f"weights.pt, {len(content):,} bytes, has another SHA-256 than export.json says")
+            weights = torch.load(io.BytesIO(content), weights_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{show(folder)}: is not what `export` wrote: {error}; export the run again") from error
         config = folder / "config.yaml"
-        return from_plain(configuration.load_yaml(config), show(config), overrides), weights, labels, folder
+        return of_trained(configuration.load_yaml(config), show(config), overrides), weights, labels, folder
     directory = RunDirectory.existing(str(run))
     best = checkpoint.best(directory.checkpoints)
     labels = best.state["data"]["train"]
-    recipe = from_plain(directory.saved_config(), show(directory.config), with_recorded(overrides, directory))
+    recipe = of_trained(directory.saved_config(), show(directory.config), with_recorded(overrides, directory))
     return recipe, best.weights(), labels, directory.path

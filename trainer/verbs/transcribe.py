@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     from trainer.errors import UserError
 
-    for name in ("chunk_ms", "rate", "threads"):
-        if (value := getattr(arguments, name)) is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: wanted more than 0")
+    for name, most in (("chunk_ms", 60_000), ("rate", 10**6), ("threads", 1024)):
+        if (value := getattr(arguments, name)) is not None and not 0 < value <= most:  # nan is not, either
+            raise UserError(f"--{name.replace('_', '-')} {value}: wanted more than 0 and at most {most}")
 
     import torch
 
