@@ -4,7 +4,7 @@ Source: Graves et al. 2006 (CTC); the shape of the model follows Amodei et al. 2
 """
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from trainer.config import Free
 from trainer.data import columns
 from trainer.data.audio import AudioError
 from trainer.data.augment import SpecAugment
-from trainer.data.dataset import Batch
+from trainer.data.dataset import Batch, Dataset, Media
 from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared, vocabulary
@@ -76,6 +76,13 @@ class Speech(Recipe[SpeechRunConfig]):
         model.load_state_dict(weights)
         decoder = None if self.config.decoder.kind == "greedy" else self._build_decoder(tokens)
         return Recogniser(model, tokens, data.sample_rate_hz, decoder)
+
+    @torch.inference_mode()
+    def media(self, model: nn.Module, dataset: Dataset, key: str) -> Media:
+        assert isinstance(dataset, SpeechDataset)
+        sound = dataset.clip(key).to(next(model.parameters()).device)
+        log_probs, _, _ = model(sound[None], torch.tensor([len(sound)], device=sound.device))
+        return replace(dataset.media(key), outputs=log_probs[0].exp().T.cpu().numpy(), classes=tuple(self.tokens.names))
 
     def utterances(self, split: Split, count: int) -> list[tuple[Tensor, str]]:
         dataset = self.build_dataset(split)

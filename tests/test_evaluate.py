@@ -113,4 +113,5 @@ def test_the_commands_of_the_document_and_what_they_leave(run: Path, corpus: Pat
         assert all(0 <= word["start"] < word["end"] <= row["facts"]["seconds"] + 0.1 for word in words)
     page = (tmp_path / "runs/speech-tones/evaluation/test.html").read_text(encoding="utf-8")
     assert "<audio" in page
+    assert 'class="image outputs"' in page
     assert "<script" not in page

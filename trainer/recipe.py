@@ -240,6 +240,11 @@ class Recipe(Generic[C]):
         """
         raise TypeError(f"{type(self).__name__} lacks step")
 
+    def media(self, model: nn.Module, dataset: Dataset, key: str) -> Media:
+        """What a person would hear and see of a sample, and what `model`, in evaluation mode, made of it where that can
+        be drawn."""
+        return dataset.media(key)
+
     def generate(self, model: nn.Module, wish: Wish) -> Generated:
         """One piece, drawn from the wish's seed alone; `model` is in evaluation mode, on the CPU or a GPU.
 
