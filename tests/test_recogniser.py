@@ -20,7 +20,7 @@ from trainer import recipe, recogniser, sounds
 from trainer.__main__ import main, run
 from trainer.data.audio import FeaturesConfig
 from trainer.data.text import Characters, label_of_space
-from trainer.decoding import greedy
+from trainer.decoding import alignment, greedy
 from trainer.decoding.ngram import estimate
 from trainer.engine import initialise
 from trainer.errors import UserError
@@ -101,6 +101,26 @@ def test_a_decoder_has_the_last_word_at_each_pause() -> None:
     assert heard.first_frame == 0
 
 
+@pytest.mark.parametrize("longest", [30.0, 0.5], ids=["at once", "in parts"])
+def test_words_have_their_times_in_the_whole_recording(longest: float, monkeypatch) -> None:
+    monkeypatch.setattr(recogniser, "LONGEST_SECONDS", longest)
+    made, wave = build(), sound(5)
+    made.tokens = Characters("abcd efgh")  # what it says most often is a space
+    stream = made.stream(timed=True)
+    for part in np.array_split(wave, 40):
+        stream.push(part)
+    text, log_probs = stream.finish(), made.log_probs(wave)
+    assert [word.word for word in stream.words] == text.split()
+    assert made.words(wave) == stream.words
+    wanted = alignment.words(log_probs, made.tokens.encode(text), made.tokens, made.frame_seconds)
+    assert len(wanted) > 3
+    if longest == 30:
+        assert stream.words == wanted
+    for word, whole in zip(stream.words, wanted, strict=True):
+        assert (word.start, word.end) == pytest.approx((whole.start, whole.end), abs=2 * made.frame_seconds)
+    assert made.stream().words == []
+
+
 @pytest.mark.parametrize("pause", [True, False])
 @pytest.mark.parametrize("parts", [("ab", "cd"), ("ab ", "cd"), ("ab", " cd"), (" ab ", " ", " cd ")])
 def test_words_stay_apart_where_the_text_is_decoded_in_parts(parts, pause: bool, monkeypatch) -> None:
@@ -162,6 +182,14 @@ def test_files_and_pipes_say_the_same_without_the_corpus(exported, tmp_path, cap
     told = capsys.readouterr()
     assert told.out.splitlines() == [f"{name}: {want}" for name in names]
     assert "real-time factor" in told.err
+    assert main(["transcribe", str(exported), names[0], "--final", "--words"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{names[0]}: {want}"
+    words = trainer.load(exported).words(names[0])
+    assert [line.split() for line in lines] == [
+        [f"{w.start:.2f}", f"{w.end:.2f}", f"{w.confidence:.2f}", w.word] for w in words
+    ]
+    assert len(words) == len(want.split()) > 0
     assert main(["transcribe", str(exported), str(tmp_path / "high.wav"), "--chunk-ms", "200"]) == 0
     assert " s behind " in capsys.readouterr().out
     raw = (wave * 32768).round().clip(-32768, 32767).astype("<i2").tobytes()

@@ -197,7 +197,6 @@ def test_what_a_net_made_of_a_sound_is_drawn_under_it() -> None:
     assert [levels[LINE * i + 3 : LINE * (i + 1) - 3].mean() > LEVELS / 2 for i in range(3)] == [False, True, False]
     assert (np.asarray(pixels)[40 : 40 + LINE + 4, column : column + 24] == LEVELS).any(), "its name is written there"
     assert seen(Media(image=image)).size == (40, 20)
-    assert seen(Media()) is None
 
 
 def test_hours_of_audio_stand_over_loss_and_error_rates() -> None:

@@ -92,3 +92,10 @@ def test_it_trains(corpus, tmp_path) -> None:
     ]  # fmt: skip
     (result,) = run_ranks(1, fit, arguments, "transducer/tones")
     assert {"transducer", "ctc", "cer", "wer", "loss"} <= result["values"].keys()
+    task = recipe.load("transducer/tones", arguments)
+    dataset, model = task.build_dataset("valid"), task.build_model().eval()
+    batch = dataset.load(dataset.plan.epoch(0, [])[0].micro_batches[0])
+    batch["speakers"] = ["anna", *[None] * (len(batch["keys"]) - 1)]
+    first, second = task.step(model, batch).rows[:2]
+    assert first.facts == {"seconds": pytest.approx(float(batch["seconds"][0]), abs=1e-3), "speaker": "anna"}
+    assert second.facts.keys() == {"seconds"}

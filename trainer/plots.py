@@ -179,11 +179,10 @@ def _pixels(values: NDArray[Any]) -> Image.Image:
     return pixels
 
 
-def seen(media: Media) -> Image.Image | None:
+def seen(media: Media) -> Image.Image:
     """A small picture of a sample without axes: its image (bands, frames), time to the right, low bands at the bottom;
     below it the labels of the likeliest path and the probabilities of all that come up, where a model tells."""
-    if media.image is None:
-        return None
+    assert media.image is not None
     if media.outputs is None or not media.outputs.shape[1]:
         return _pixels(_scaled(media.image[:, :: math.ceil(media.image.shape[1] / MAX_PICTURE_FRAMES)]))
     outputs, frames = np.asarray(media.outputs), media.outputs.shape[1]
@@ -216,9 +215,9 @@ def seen(media: Media) -> Image.Image | None:
 
 def heat_map(media: Media, path: Path) -> str:
     """What is `seen` of a sample as a file, and an <img> that holds it; nothing of one without an image."""
-    if (pixels := seen(media)) is None:
+    if media.image is None:
         return ""
-    pixels.save(path, optimize=True)
+    seen(media).save(path, optimize=True)
     return _inline(path, "image" if media.outputs is None else "image outputs", path.stem.replace("-", " "))
 
 
