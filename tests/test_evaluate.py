@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import test_language_model as language
 from tests.helpers import TINY, fit, overrides, run_ranks, spoil
 from trainer import recipe
 from trainer.__main__ import main
@@ -80,6 +81,20 @@ def test_what_was_not_scored_is_told(run: Path, corpus: Path, tmp_path: Path) ->
     spoil(data / "test", 7)  # mends the first
     with pytest.raises(RuntimeError, match="6 bad samples of 7, more than max_bad_share"):
         run_ranks(1, evaluated, run, f"data.path={data}")
+
+
+def test_a_run_of_a_language_model_searches_and_rescores(run: Path, tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("ab cd\nef gh\n" * 60)
+    corpus = ", ".join(f"{split}: {tmp_path / split}.txt" for split in ("train", "valid", "test"))
+    more = [f"data.path={tmp_path / 'made'}", f"data.corpus={{kind: files, {corpus}}}", f"runs_dir={tmp_path}"]
+    recipe.load(language.CONFIG, more).prepare()
+    run_ranks(1, fit, [*language.SIZES, *more, "name=lm", "max_steps=1"], language.CONFIG)
+    lm = f"run: {tmp_path / 'lm'}"
+    asked = ("decoder.kind=beam", "decoder.beam_size=3", f"decoder.language_model={{kind: run, {lm}}}")
+    ((result, told),) = run_ranks(1, evaluated, run, *asked, f"decoder.rescore={{{lm}, candidates: 3}}")
+    assert result["scored"] == 7
+    assert "CER " in told
 
 
 def commands() -> list[list[str]]:
