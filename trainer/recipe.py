@@ -126,7 +126,7 @@ class ValidationConfig(Config):
     early_stop_after: Free[int | None] = Field(None, ge=1)
     """Stop after so many validations without a new best; null: never."""
     table_rows: Free[int] = Field(8, ge=0)
-    """Utterances in the table of W&B, with sound."""
+    """Samples in the table of W&B, with sound and pictures: half of them the worst, half the same each time."""
     samples: Free[int] = Field(0, ge=0)
     """Pieces that the model writes after each validation, from the seeds 0, 1, ..., for W&B; see the verb generate."""
 
