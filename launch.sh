@@ -66,7 +66,11 @@ find_environment() {
 # Arguments before the verb belong to it: ./launch.sh --hosts FILE train CONFIG
 leading=()
 while [[ "${1:-}" == --hosts || "${1:-}" == --node ]]; do
-    leading+=("$1" "${2:?launch.sh: $1 needs a value}")
+    if [[ $# -lt 2 ]]; then
+        say "$1 needs a value, as in: ./launch.sh --hosts FILE train CONFIG"
+        exit 2
+    fi
+    leading+=("$1" "$2")
     shift 2
 done
 

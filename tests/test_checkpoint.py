@@ -236,6 +236,21 @@ def test_killed_at_any_point_latest_is_whole(tmp_path: Path) -> None:
     assert survivors == sorted(survivors)
 
 
+@pytest.mark.distributed
+def test_one_that_was_being_written_anew_comes_back(tmp_path: Path) -> None:
+    run_ranks(1, save_steps, tmp_path, {1: 0.5})
+    own = tmp_path / "step-00000001"
+    aside = own.with_name(f".{own.name}{checkpoint_writer.REPLACED}")
+    shutil.copytree(own, aside)
+    Writer(tmp_path, CONFIG).clean()
+    assert own.exists()
+    assert not aside.exists()
+    own.rename(aside)  # killed before the new one had its name
+    Writer(tmp_path, CONFIG).clean()
+    assert Checkpoint.open(own)
+    assert not aside.exists()
+
+
 def fail_to_write(ranks: Any, folder: Path, failures: int) -> list[bool]:
     """A disk that refuses rank 1 so often at step 2."""
     original, left = checkpoint.write_tensors, [failures]

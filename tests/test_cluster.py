@@ -1,23 +1,32 @@
 """A job on several hosts, all of them this one: `ssh` is a script that runs the command here."""
 
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed import DistStoreError
 
 from tests import faults
-from tests.helpers import overrides
-from trainer import hosts
-from trainer.cluster import ssh
+from tests.helpers import overrides, run_ranks
+from trainer import distributed, hosts
+from trainer.__main__ import main
+from trainer.cluster import Cluster, ssh
 from trainer.config import PROJECT
+from trainer.doctor import requirements
 from trainer.errors import UserError
 from trainer.hosts import Host, read_hosts
 from trainer.run import read_ledger, read_lines
+from trainer.signals import StopSignals
+from trainer.verbs.train import train
 
 PATIENCE = 120.0
 SSH = """#!/bin/bash
@@ -192,6 +201,73 @@ def test_an_odd_host_is_named_before_anything_starts(run: Launched, addresses: l
     assert not run.path.exists()
 
 
+def test_too_few_hosts_at_a_new_start_are_no_new_start() -> None:
+    gone = ["sh", "-c", "echo gone >&2; exit 255"]
+    job = Cluster(["train"], [Host("a", 1)], lambda *_: gone, None, print, again=True)
+    try:
+        while (outcome := job.poll()) is None:
+            time.sleep(0.01)
+    finally:
+        job.close()
+    assert (outcome.code, outcome.began, outcome.text) == (1, False, "0 of 1 hosts answer, wanted 1 (a: gone)")
+
+
+def test_a_program_that_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match="no-such-ssh is needed to reach a, and is not in PATH here"):
+        Cluster(["train"], [Host("a", 1)], lambda *_: ["no-such-ssh"], None, print, again=False)
+
+
+def test_each_host_by_hand_knows_its_interface_and_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    two, said, started = [Host(TWO[0], 2), Host(TWO[1], 3)], [], []
+    monkeypatch.setattr(hosts, "HostJob", lambda *arguments: started.append(arguments))
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: Address already in use; set another one"):
+            hosts.by_hand(["train"], two, 0, said.append)
+        hosts.by_hand(["train"], two, 1, said.append)  # there it is somebody else's
+    place = {"MASTER_ADDR": TWO[0], "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    assert started == [(["train"], 3, 2, 5, place)]
+    assert said == [f"host 1 of 2 (127.0.0.2): meets the others at 127.0.0.1, port {port}"]
+    for node in (0, 1):
+        unknown = [Host("no.such.host.invalid", 1)]
+        with pytest.raises(UserError, match=rf"--node {node}: cannot reach no\.such\.host\.invalid: "):
+            hosts.by_hand(["train"], [two[0], *unknown] if node == 0 else [*unknown, two[0]], node, said.append)
+    for wrong in ("ssh", "0", "70000"):
+        monkeypatch.setenv("MASTER_PORT", wrong)
+        with pytest.raises(UserError, match=f"MASTER_PORT={wrong}: wanted the number of a port"):
+            hosts.by_hand(["train"], two, 0, said.append)
+
+
+def test_a_number_of_a_host_belongs_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "speech/tones", "--node", "0"]) == 2
+    assert capsys.readouterr().err == "--node 0: is a line of a hosts file; name it, --hosts FILE\n"
+
+
+def test_a_rank_that_is_started_twice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    store = distributed._meet(0, timedelta(seconds=20))
+    with pytest.raises(UserError, match="rank 0 was started twice: is the number after --node another one"):
+        distributed._meet(0, timedelta(seconds=20))
+    del store
+
+
+def test_a_rank_that_meets_nobody_says_so_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def alone(timeout_seconds: float) -> None:
+        raise DistStoreError("timed out")
+
+    monkeypatch.setattr(distributed, "start", alone)
+    with StopSignals() as signals:
+        assert train("speech/tones", overrides(tmp_path, tmp_path), signals) == 1
+    assert "rank 0 did not meet the others: DistStoreError: timed out" in caplog.text
+
+
 def test_a_missing_interface_is_named(run: Launched, environment: dict[str, str]) -> None:
     environment["GLOO_SOCKET_IFNAME"] = "nosuch0"
     run.start(TWO)
@@ -261,7 +337,30 @@ def test_the_code_of_a_host_is_in_its_facts(tmp_path: Path, monkeypatch: pytest.
     one = hosts.facts()
     (tmp_path / "trainer" / "a.py").write_text("2")
     assert hosts.facts()["code"] != one["code"]
-    assert {"Python", "torch", "deepspeed", "ostinato", "working directory"} <= one.keys()
+    assert {"Python", "ostinato", "working directory", *requirements()} <= one.keys()
+
+
+def alike(ranks: Any, variables: list[dict[str, str]], folder: Path) -> list[str]:
+    """Compare ranks as if each were a host of its own; what is logged."""
+    os.environ.update(variables[ranks.rank], LOCAL_RANK="0")
+    socket.gethostname = lambda: f"host-{ranks.rank}"
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    hosts.log.addHandler(handler)
+    hosts.check_alike(folder)
+    return told
+
+
+@pytest.mark.distributed
+def test_the_environment_of_hosts_is_compared_however_they_were_started(tmp_path: Path) -> None:
+    same, other = ({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": number} for number in ("1", "2"))
+    assert run_ranks(2, alike, [same, other], tmp_path) == [
+        ["OMP_NUM_THREADS: host-1 has 2; host-0 has 1; the slower ones hold up the others"],
+        [],
+    ]
+    with pytest.raises(RuntimeError, match="DS_SKIP: host-1 has 1; host-0 has missing"):
+        run_ranks(2, alike, [same, same | {"DS_SKIP": "1"}], tmp_path)
 
 
 def test_the_interface_is_the_one_that_reaches_the_others() -> None:
@@ -277,11 +376,13 @@ def test_the_interface_is_the_one_that_reaches_the_others() -> None:
         ("a slots=two\n", r":1: 'a slots=two': wanted `HOST slots=N`"),
         ("a slots=0\n", "wanted"),
         ("-oProxyCommand=x\n", "wanted `HOST"),
+        ("a slots=2\nb\na slots=1\n", ":3: names a again; write one line with all its slots"),
+        ("h\u00f6st", "is no text in UTF-8"),
     ],
 )
 def test_a_wrong_hosts_file_is_explained(tmp_path: Path, text: str, wanted: str) -> None:
     path = tmp_path / "hosts"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=wanted):
         read_hosts(path)
     with pytest.raises(UserError, match="cannot be read"):

@@ -46,6 +46,17 @@ def test_its_ranks_end_like_those_of_a_training(monkeypatch: pytest.MonkeyPatch)
     assert "ZeRO 0 and 1" in doctor.process_group()
 
 
+def test_fp16_is_tried_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one the steps are taken on the CPU here, which can, slowly."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert doctor.half_precision() == "no GPU, not tried"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert doctor.half_precision() == "DeepSpeed takes a step"
+    monkeypatch.setattr(doctor, "HALF", "import sys\nsys.exit('[rank0]: RuntimeError: no step\\nand more')")
+    with pytest.raises(doctor.Problem, match=r"\(RuntimeError: no step\); set precision=bf16 or fp32"):
+        doctor.half_precision()
+
+
 def test_it_counts_problems_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
 

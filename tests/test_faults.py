@@ -70,13 +70,10 @@ class Started:
         return found
 
     def rank(self, number: int) -> int:
-        """Process of a rank; its loader workers have its environment too, and came later."""
-
-        def born(pid: int) -> int:
-            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-
+        """Process of a rank."""
         variable = f"\0RANK={number}\0".encode()
-        return min((p for p in self.left() if variable in Path(f"/proc/{p}/environ").read_bytes()), key=born)
+        (pid,) = [p for p in self.left() if variable in Path(f"/proc/{p}/environ").read_bytes()]
+        return pid
 
 
 @pytest.fixture
@@ -98,9 +95,13 @@ def start(corpus: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
 def test_a_killed_rank_costs_a_new_start(start: Callable[..., Started]) -> None:
     run = start("nproc=2")
     run.reach(5)
+    for pid in (run.process.pid, run.rank(0)):
+        os.kill(pid, signal.SIGUSR2)
     os.kill(run.rank(1), signal.SIGKILL)
     code, output = run.ended()
     assert code == 0, output
+    for where in ("supervise", "fit"):  # stacks of the command and of a rank, which go on
+        assert re.search(rf'\.py", line \d+ in {where}$', output, re.MULTILINE), output
     assert re.search(r"launch: rank 1 was ended by SIGKILL in \w+ of step \d+", output), output
     assert "starts again in 1 s from the newest checkpoint (1 of 3)" in output
     assert "resumed at step " in output

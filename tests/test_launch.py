@@ -146,6 +146,14 @@ def test_sbatch_runs_a_copy_of_it_elsewhere(door: Door, tmp_path: Path) -> None:
     assert f"{tmp_path} is not the project's folder" in done.stderr
 
 
+def test_what_comes_before_the_verb_belongs_to_it(door: Door) -> None:
+    asked = door("--hosts", "my hosts", "--node", "1", "train", "x", "nproc=2")[2]
+    assert asked[-1] == "1 -m trainer train x nproc=2 --hosts my hosts --node 1"
+    code, message, asked = door("--hosts")
+    assert (code, asked) == (2, [])
+    assert message == "launch.sh: --hosts needs a value, as in: ./launch.sh --hosts FILE train CONFIG\n"
+
+
 def test_without_a_verb_it_becomes_the_story(door: Door) -> None:
     door("plan")
     assert door()[2] == ["1 -m trainer story speech/read_ru nproc=2"]

@@ -59,6 +59,7 @@ DONE = Outcome(0)
         ([fault(), fault(), fault()], 137, "gave up after 2 new starts without a new checkpoint"),
         ([fault(1), fault(2), fault(3), fault(4), fault(5), DONE], 0, "(1 of 2)"),
         ([fault(1), fault(2), fault(2), fault(2), DONE], 137, "gave up after 2"),
+        ([fault(40), fault(), fault(40), DONE], 137, "gave up after 2"),  # the second never came to load it
         ([fault(1, 5, "E: #", 1), fault(1, 5, "E: #", 1), DONE], 1, "the same error twice at step 5 (E: #)"),
         ([fault(1, 5, "E: #", 1), fault(2, 6, "E: #", 1), DONE], 0, "(1 of 2)"),
         ([fault(1, 5, "E", 1), fault(1, 5, "F", 1), DONE], 0, "(2 of 2)"),
@@ -94,11 +95,34 @@ def test_a_signal_in_the_pause_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [True]
 
 
-def test_pauses_grow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that only goes on in pauses, which have their true length."""
     monkeypatch.undo()
     now = [0.0]
     monkeypatch.setattr(restart.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(restart.time, "sleep", lambda _: now.__setitem__(0, now[0] + 1))
+    return now
+
+
+def test_hosts_that_restart_are_waited_for(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """They cost no new start; ones that never come back end the run."""
+    away = Outcome(1, text="1 of 2 hosts answer, wanted 2", began=False)
+    start, told = attempts(fault(3), *[away] * 20, fault(3), *[away] * 20, DONE)
+    assert restart.supervise(start, max_restarts=2) == 0
+    assert told == [True] + [False] * 42
+    said = capsys.readouterr().err
+    assert "asks the hosts again in 30 s, for 15 minutes at most (no new start)" in said
+    assert "(2 of 2)" in said
+
+    start, _ = attempts(fault(3), *[away] * 99)
+    now[0] = begin = 10_000.0
+    assert restart.supervise(start, max_restarts=2) == 1
+    assert restart.AWAY_SECONDS <= now[0] - begin < restart.AWAY_SECONDS + 100
+    assert "gave up after 15 minutes in which too few hosts answered" in capsys.readouterr().err
+
+
+def test_pauses_grow(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     start, _ = attempts(*[fault()] * 6, DONE)
     assert restart.supervise(start, max_restarts=9) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "starts again" in line]

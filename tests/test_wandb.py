@@ -1,12 +1,13 @@
 """W&B online, against a stand-in for its server: one run over resumes, and an outage costs neither time nor numbers."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     started.stop()
 
 
-def track(folder: Path, steps: range, between: Any = None) -> float:
+def track(folder: Path, steps: range, between: Any = None, patience: float = 60.0) -> float:
     """A run that logs some steps; the longest that a call took."""
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
-    tracker = Tracker(TrackingConfig(), folder, "run", {"seed": 3}, 99, active=True)
+    tracker = Tracker(TrackingConfig(), folder, "run", {"seed": 3}, 99, active=True, patience_seconds=patience)
     longest = time.monotonic() - start
     for step in steps:
         start = time.monotonic()
@@ -122,9 +123,18 @@ def test_a_server_that_is_away_in_the_middle(server: Server, tmp_path: Path) -> 
     assert set(server_steps) <= set(steps(run))
 
 
-def test_a_server_that_is_away_at_the_end(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("at_most", "patience"), [(3.0, 60.0), (60.0, 3.0)], ids=["as ever", "in a short deadline"])
+def test_a_server_that_is_away_at_the_end(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at_most: float,
+    patience: float,
+) -> None:
     """The run ends in the time that W&B is given, says where the numbers are, and the next start sends them."""
-    assert track(tmp_path / "run", range(1, 5), between=server.stop) < 3.0 + SOON
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", at_most)
+    assert track(tmp_path / "run", range(1, 5), between=server.stop, patience=patience) < 3.0 + SOON
     assert "W&B did not finish" in caplog.text
     assert "wandb sync" in caplog.text
     server.start()
@@ -140,15 +150,36 @@ from trainer.tracking import Tracker, TrackingConfig
 tracker = Tracker(TrackingConfig(), Path(sys.argv[1]), "run", {}, 9, active=True)
 for step in range(1, 5):
     tracker.train({"step": step, "epoch": 0, "loss": 1.0 / step}, "")
+sys.stdin.read()
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 6 * SOON
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def services(folder: Path) -> list[str]:
+    """What W&B has running for a run: it is in their environment, where its files are."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return [command for command in found if command]
 
 
 def test_a_killed_run_goes_on_as_the_same(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdin=subprocess.PIPE)
+    wait_for(lambda: "wandb-core" in " ".join(services(folder)))
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    wait_for(lambda: not services(folder))
     track(folder, range(5, 7))
     (run,) = server.runs.values()
     assert steps(run) == [1, 2, 3, 4, 5, 6]
@@ -172,7 +203,9 @@ def test_an_analysis_joins_the_run(server: Server, tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_only_rank_0_tracks(server: Server, corpus: Path, tmp_path: Path) -> None:
     """A whole run on two processes: one run at the server, with as many points as there are rows of metrics."""
-    arguments = overrides(corpus, tmp_path, "name=run", "max_steps=4", "tracking.wandb=online")
+    arguments = overrides(
+        corpus, tmp_path, "name=run", "max_steps=4", "tracking.wandb=online", "launch.deadline_seconds=50"
+    )
     environment = {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "NETRC"))}
     result = run_ranks(2, fit_online, arguments, environment)[0]
     (run,) = server.runs.values()
@@ -180,6 +213,7 @@ def test_only_rank_0_tracks(server: Server, corpus: Path, tmp_path: Path) -> Non
     assert [row["trainer/step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
     assert len(rows) == len((result["run"] / "metrics.jsonl").read_text().splitlines()) == 5
     assert server.operations.count("RunResumeStatus") == 1
+    assert result["patience"] == [15.0], "less than the watchdog's"
     assert KEY not in "".join(
         path.read_text(errors="replace") for path in result["run"].rglob("*") if path.is_file() and path.suffix != ".pt"
     )
@@ -187,4 +221,11 @@ def test_only_rank_0_tracks(server: Server, corpus: Path, tmp_path: Path) -> Non
 
 def fit_online(ranks: Any, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
     os.environ.update(environment)
-    return fit(ranks, arguments)
+    begin, given = Tracker.__init__, []
+
+    def noted(self: Tracker, *more: Any, **named: Any) -> None:
+        given.append(named["patience_seconds"])
+        begin(self, *more, **named)
+
+    Tracker.__init__ = noted
+    return fit(ranks, arguments) | {"patience": given}

@@ -58,7 +58,8 @@ def test_a_late_rank_is_ended_with_its_stacks(phase: str, stuck: str, told: str 
     assert ("waits for other ranks" in done.stderr) == (phase == COLLECTIVE)
 
 
-def test_an_orphan_of_torchrun_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "CROSS_RANK"])
+def test_an_orphan_of_torchrun_or_deepspeed_ends(tmp_path: Path, variable: str) -> None:
     """The launcher is killed; nobody tells the rank."""
     rank = f"""
 import os, time
@@ -68,7 +69,7 @@ with Watchdog(0, 4.0, print):
     time.sleep(60)
 """
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
-    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(PROJECT)}
+    environment = os.environ | {variable: "0", "PYTHONPATH": str(PROJECT)}
     process = subprocess.Popen([sys.executable, "-c", launcher], env=environment)
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():

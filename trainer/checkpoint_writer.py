@@ -55,6 +55,10 @@ class _Job(threading.Thread):
                 self.failure = str(error)
 
 
+REPLACED = ".replaced"
+"""Of the name of a whole checkpoint that another one of the same step takes the place of."""
+
+
 class Writer:
     """Writes checkpoints, one at a time. Every rank has one and calls the same methods at the same steps.
 
@@ -81,7 +85,14 @@ class Writer:
         self._next_try = 0.0
 
     def clean(self) -> None:
-        """Delete what a killed run left half-written; rank 0 only, before any rank writes."""
+        """Delete what a killed run left half-written; rank 0 only, before any rank reads or writes.
+
+        A checkpoint that was being written anew gets its name back where the new one had not yet come by it.
+        """
+        for old in self.folder.glob(f".step-*{REPLACED}"):
+            name = old.name.removeprefix(".").removesuffix(REPLACED)
+            if not (self.folder / name).exists():
+                old.rename(self.folder / name)
         for left in self.folder.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -190,8 +201,8 @@ class Writer:
                 stray.unlink()  # of a run that was killed in the middle, maybe on more ranks
             checkpoint.write_state(partial, self._state, files)
             checkpoint.sync_folder(partial)
-            if final.exists():
-                shutil.rmtree(final)
+            if final.exists():  # gone for an instant, see `clean`; deleted below
+                final.rename(final.with_name(f".{final.name}{REPLACED}"))
             partial.rename(final)
             checkpoint.sync_folder(self.folder)
         pointer = self.folder / f".{LATEST}"

@@ -63,6 +63,9 @@ class Link:
         connect: how.
         names: of all hosts, as they are in the file.
 
+    Raises:
+        UserError: this host has no program for it.
+
     Attributes:
         answers: that came and were not used yet.
         heard: when something came last (`time.monotonic()`).
@@ -71,13 +74,17 @@ class Link:
 
     def __init__(self, host: Host, connect: Connect, names: Sequence[str]) -> None:
         self.host = host
-        self._process = subprocess.Popen(
-            connect(host.name, agent_command()),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the front end, which passes it on
-        )
+        command = connect(host.name, agent_command())
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the front end, which passes it on
+            )
+        except FileNotFoundError as error:
+            raise UserError(f"{command[0]} is needed to reach {host.name}, and is not in PATH here") from error
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -251,7 +258,7 @@ class Cluster:
             text = f"{len(self._introduced)} of {len(self._links)} hosts answer, wanted {self._least} ({told})"
             if not self._again:
                 raise UserError(f"{text}; mend the hosts file or ssh, or set launch.min_hosts")
-            return Outcome(EXIT_OUR_FAULT, text=text)
+            return Outcome(EXIT_OUR_FAULT, text=text, began=False)
         if self._away:
             self._say(f"goes on without {len(self._away)} of {len(self._links)} hosts ({told})")
         links = [self._links[n] for n in sorted(self._introduced)]
@@ -266,7 +273,7 @@ class Cluster:
             environment = {"GLOO_SOCKET_IFNAME": told_here["network"]["interface"]} | environment_to_pass()
             environment |= {
                 "MASTER_ADDR": first["network"]["address"],
-                "MASTER_PORT": os.environ.get("MASTER_PORT", str(first["port"])),
+                "MASTER_PORT": hosts.master_port(first["port"]),
             }
             link.send(
                 {

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.config import Config
 from trainer.errors import UserError
@@ -65,6 +67,9 @@ def start(timeout_seconds: float = 1800.0) -> Ranks:
 
     Returns:
         this process's place. NCCL with a GPU, gloo without.
+
+    Raises:
+        UserError: another process has the same place.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,8 +93,23 @@ def start(timeout_seconds: float = 1800.0) -> Ranks:
             arguments["store"] = dist.HashStore()  # type: ignore[attr-defined]
         elif STORE in os.environ:
             arguments["store"] = dist.FileStore(os.environ[STORE], world_size)  # type: ignore[attr-defined]
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun numbers its ranks itself, and keeps its store
+            arguments["store"] = _meet(rank, timeout)
         dist.init_process_group(**arguments)
     return Ranks(rank, world_size, local_rank, device)
+
+
+def _meet(rank: int, timeout: timedelta) -> Any:
+    """The store at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UserError: another process has this rank.
+    """
+    # A tenth early, so that the reason is told before a watchdog ends this process.
+    store, *_ = next(rendezvous("env://", timeout=0.9 * timeout))
+    if store.add(f"started/{rank}", 1) > 1:
+        raise UserError(f"rank {rank} was started twice: is the number after --node another one on each host?")
+    return PrefixStore("default_pg", store)  # as torch does
 
 
 LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "TCPStore")

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from trainer.launch import GPU_DEVICES
+
 PROJECT = Path(__file__).resolve().parent.parent  # as in trainer.config, which imports pydantic
 # Where the name of a package is not that of its module.
 IMPORTS = {"pyyaml": "yaml", "pillow": "PIL", "ufal-flashlight-text": "flashlight.lib.text.decoder"}
@@ -58,7 +60,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def packages() -> str:
     """Every dependency imports, all in one process, and is new enough."""
     found, wrong = [], []
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would warn that it found no other
+    if not any(Path(path).exists() for path in GPU_DEVICES):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would warn that it found no other
     for name, oldest in requirements().items():
         try:
             importlib.import_module(IMPORTS.get(name, name))
@@ -123,6 +126,25 @@ leave(0)
 """
 
 
+HALF = """
+import torch
+from trainer import distributed
+from trainer.__main__ import leave
+from trainer.optim import AdamWConfig
+from trainer.distributed import Trained, ZeroConfig
+ranks = distributed.start(timeout_seconds=60)
+trained = Trained(torch.nn.Linear(4, 1).to(ranks.device), ZeroConfig(), AdamWConfig(), "fp16", 1)
+for attempt in range(20):  # each that overflows halves the scale of the loss
+    trained.backward(trained.model(torch.ones(2, 4, device=ranks.device)).sum())
+    if trained.step().applied:
+        break
+else:
+    raise RuntimeError("20 steps overflow, however small the loss is made")
+distributed.stop()
+leave(0)
+"""
+
+
 NETWORK_CURE = (
     "is the loopback interface up (`ip link set lo up`), and may processes of this machine connect to each other?"
 )
@@ -130,7 +152,7 @@ NETWORK_CURE = (
 
 def _reason(text: str) -> str:
     """The line of a traceback that names the error; what a dying process prints after it says nothing."""
-    lines = [line.strip() for line in text.strip().splitlines()] or ["no message"]
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line.strip()) for line in text.strip().splitlines()] or ["no message"]
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
     return (named or lines)[-1][:300]
 
@@ -315,6 +337,23 @@ def gpus() -> str:
     return ", ".join(names) or "none, training runs on the CPU"
 
 
+def half_precision() -> str:
+    """On a GPU, DeepSpeed takes a step with `precision=fp16`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU, not tried"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", HALF]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=90)
+    except subprocess.TimeoutExpired as error:
+        raise Problem("no step in 90 s; set precision=bf16 or fp32") from error
+    if done.returncode:
+        raise Problem(f"DeepSpeed cannot take a step ({_reason(done.stderr)}); set precision=bf16 or fp32")
+    return "DeepSpeed takes a step"
+
+
 def import_names() -> str:
     """`kernels`, `trainer` and `recipes` are also the names of other packages on the index."""
     owners = metadata.packages_distributions()
@@ -353,6 +392,7 @@ CHECKS = (
     Check("shared memory", shared_memory),
     Check("cores", cores),
     Check("GPU", gpus),
+    Check("fp16", half_precision),
     Check("tracking", tracking),
     Check("default corpus", corpus_tools),
 )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ from trainer.spikes import Spikes
 from trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 0.3
+"""Share of the deadline for W&B to begin, and to end: with what else is to be done then, less than the watchdog's."""
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -79,6 +82,8 @@ class Training:
         board.at(START)  # a piece of work each
         model = recipe.build_model()
         initialise(model, config.seed)
+        self.writer = Writer(self.run.checkpoints, config.checkpoint)
+        distributed.on_first(self.writer.clean)
         found: Checkpoint | None = distributed.on_first(lambda: checkpoints.newest(self.run.checkpoints))
         self.not_taken: list[str] = []
         if found is None and config.init_from is not None:
@@ -93,8 +98,7 @@ class Training:
         self.position, self.plateau, self.best = Position(), Plateau(), dict[int, float]()
         self.validated: dict[str, float] = {}
         self.spikes = Spikes(config.spikes)
-        self.writer = Writer(self.run.checkpoints, config.checkpoint)
-        distributed.on_first(self.writer.clean)
+        self._last_norms: dict[str, float] = {}  # of gradients before this start, for a validation that was due then
         self.carried: dict[int, State] = {}  # by number of the micro-batch, those of this rank
         self.known: list[Fault] = distributed.on_first(lambda: read_quarantine(config.quarantine, "train"))
         if found is not None:
@@ -103,7 +107,7 @@ class Training:
         else:
             self.position.known = self.position.excluded = sorted(fault.key for fault in self.known)
             self.position.total_steps = config.max_steps or self._steps_of_an_epoch() * config.max_epochs
-        distributed.on_first(lambda: self.run.cut_back(self.position.step))
+        distributed.on_first(lambda: self.run.cut_back(self.position.step, self.position.validation_due is None))
         distributed.on_first(lambda: incidents.record_left_out(self.run, self.position, self._splits()))
         board.at(START)
         self.machine = machine.describe()
@@ -116,6 +120,7 @@ class Training:
             configuration.plain(config),
             self.position.total_steps,
             active=ranks.first,
+            patience_seconds=PATIENCE * config.launch.deadline_seconds,
         )
 
     def _log_to_file(self) -> None:
@@ -165,6 +170,7 @@ class Training:
         self.trained.optimizer.triggered = self.plateau.triggered
         self.best = {int(step): value for step, value in found.state["best"].items()}
         self.validated = found.state.get("validated", {})
+        self._last_norms = found.state.get("gradient_norms", {})
         self.carried.clear()
         for name, values in found.tensors(CARRIED).items():
             number, _, part = name.partition(".")
@@ -190,6 +196,8 @@ class Training:
         exit_code = 1
         try:
             with self.signals:
+                if self.position.validation_due is not None:
+                    self._make_up_validation()
                 while not self._finished():
                     self._train()
             if self._stops_early():
@@ -270,15 +278,13 @@ class Training:
             ended = config.max_steps is not None and where.step >= config.max_steps
             better = False
             if (where.step % every == 0 if every else last) or ended or (last and where.epoch >= config.max_epochs):
-                better = self._validate(epoch)
+                where.validation_due = epoch
+                better = not self._stopping and self._validate()
             due = better or where.step % config.checkpoint.every_steps == 0
             if self._may_save or (due and not self.writer.paused):
                 self._save()
             if self._stopping:
-                self._save_or_fail()
-                self.tracker.say(f"stopped by a signal at step {where.step}, saved; the same command goes on")
-                distributed.on_first(self.run.stopped)
-                raise RequeueError
+                self._stop()
             if self._finished() or (last and where.excluded != known):
                 break
         if where.step == before:
@@ -286,6 +292,20 @@ class Training:
                 f"{config.name}: epoch {where.epoch + 1} holds no sample: {len(where.excluded)} of {len(self.dataset)} "
                 f"are left out as bad, see {self.run.quarantine}"
             )
+
+    def _stop(self) -> NoReturn:
+        """Save and leave: a signal came."""
+        self._save_or_fail()
+        self.tracker.say(f"stopped by a signal at step {self.position.step}, saved; the same command goes on")
+        distributed.on_first(self.run.stopped)
+        raise RequeueError
+
+    def _make_up_validation(self) -> None:
+        """Begin where a signal came before a validation."""
+        self._validate()
+        if self._stopping:
+            self._stop()
+        self._save()  # this step's checkpoint again, which now knows of it
 
     _stopping = False
     _may_save = False
@@ -451,10 +471,17 @@ class Training:
         """See `Trained.weights`."""
         return self.trained.weights()
 
-    def _validate(self, epoch: int) -> bool:
-        """Validate; true if it is the best so far."""
+    def _validate(self) -> bool:
+        """Do the validation that is due, unless a signal comes first; true if it is the best so far."""
         where, start = self.position, time.perf_counter()
-        evaluation = self.validation.run(self.weights())
+        epoch = where.validation_due
+        assert epoch is not None
+        try:
+            evaluation = self.validation.run(self.weights(), self.signals)
+        except RequeueError:  # a split can take longer than whoever sent it waits
+            self._stopping = True
+            return False
+        where.validation_due = None
         self.validation.account(evaluation, self.run, where.step, epoch)
         values = self.validated = evaluation.values
         monitor = self.recipe.monitor
@@ -487,7 +514,7 @@ class Training:
 
     def _of_layers(self) -> dict[str, float]:
         """What is told of each recurrent layer at a validation: of its matrix, and of the last step's gradient."""
-        gradients = recurrences.gradients(self.trained.module, self.trained.gradient_norms())
+        gradients = recurrences.gradients(self.trained.module, self.trained.gradient_norms() or self._last_norms)
         return recurrences.logged(self.validation.model) | gradients
 
     @torch.inference_mode()
@@ -530,6 +557,7 @@ class Training:
             "best": {str(step): value for step, value in self.best.items()},
             "validated": self.validated,
             "losses": self.spikes.losses,
+            "gradient_norms": self.trained.gradient_norms() if self.position.validation_due is not None else {},
             "scalars": self.trained.scalars(),
             "scale": self.trained.scale.state(),
             "shapes": self.trained.shapes,

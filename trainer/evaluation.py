@@ -16,11 +16,12 @@ from trainer.config import show
 from trainer.data.dataset import MISSING, Batch, Fault
 from trainer.data.plan import Rejection
 from trainer.distributed import Ranks
-from trainer.errors import UserError
+from trainer.errors import RequeueError, UserError
 from trainer.metrics import Mean, add
 from trainer.place import COLLECTIVE, VALIDATION, being_read, board
 from trainer.recipe import Recipe, Row, RunConfig, Split, State
 from trainer.run import BEFORE, READING, RunDirectory, read_quarantine
+from trainer.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -108,25 +109,35 @@ class Evaluator:
         self.known: list[Fault] = distributed.on_first(lambda: read_quarantine(recipe.config.quarantine, split))
 
     @torch.inference_mode()
-    def run(self, weights: dict[str, Tensor]) -> Evaluation:
-        """Score every sample that the plan can use."""
+    def run(self, weights: dict[str, Tensor], signals: StopSignals | None = None) -> Evaluation:
+        """Score every sample that the plan can use.
+
+        Args:
+            signals: looked at before each step of the plan.
+
+        Raises:
+            RequeueError: a signal came to one of the ranks; on every rank alike.
+        """
         self.model.load_state_dict(weights)
         results = []
         carried: dict[int, State] = {}
         own = slice(self.ranks.rank, None, self.ranks.world_size)  # by number, as in training: a stream stays together
         steps = self.dataset.plan.epoch(0, [fault.key for fault in self.known])
-        for micro_batch in (m for step in steps for m in step.micro_batches[own]):
-            board.at(VALIDATION, describe=being_read)
-            batch = self.dataset.load(micro_batch)
-            state = carried.pop(micro_batch.number, None)
-            output = self.recipe.step(self.model, to_device(batch, self.ranks.device), state)
-            if output.state is not None:
-                carried[micro_batch.number] = output.state
-            means = {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()}
-            weight = {name: x.weight for name, x in output.losses.items()}
-            means |= {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()}
-            number = (micro_batch.step, micro_batch.number)
-            results.append((number, means, weight, output.rows, int(batch["valid"].sum()), batch["faults"]))
+        for step in steps:
+            if signals is not None and self._any_received(signals):
+                raise RequeueError
+            for micro_batch in step.micro_batches[own]:
+                board.at(VALIDATION, describe=being_read)
+                batch = self.dataset.load(micro_batch)
+                state = carried.pop(micro_batch.number, None)
+                output = self.recipe.step(self.model, to_device(batch, self.ranks.device), state)
+                if output.state is not None:
+                    carried[micro_batch.number] = output.state
+                means = {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()}
+                weight = {name: x.weight for name, x in output.losses.items()}
+                means |= {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()}
+                number = (micro_batch.step, micro_batch.number)
+                results.append((number, means, weight, output.rows, int(batch["valid"].sum()), batch["faults"]))
         board.at(COLLECTIVE)
         everything = sorted((r for part in distributed.gather(results) for r in part), key=lambda r: r[0])
         totals: dict[str, Mean] = {}
@@ -143,6 +154,12 @@ class Evaluator:
             scored=sum(r[4] for r in everything),
             bad=[fault for r in everything for fault in r[5]],
         )
+
+    def _any_received(self, signals: StopSignals) -> bool:
+        """Whether a signal came to one of the ranks."""
+        board.at(COLLECTIVE)
+        vote = torch.tensor(float(signals.received is not None), device=self.ranks.device)
+        return bool(distributed.sum_over_ranks(vote))
 
     def account(self, evaluation: Evaluation, run: RunDirectory, step: int, epoch: int) -> None:
         """Put bad samples on record, and stop where they are too many; every rank calls it.

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -9,21 +10,23 @@ import secrets
 import socket
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from trainer.doctor import requirements
 from trainer.errors import UserError
 from trainer.launch import HostJob
 
 PORT = 29400
 """Where the ranks meet on the first host if every host is started by hand and MASTER_PORT is not set."""
-PACKAGES = ("torch", "torchaudio", "deepspeed", "numpy", "ostinato")
 SOURCES = ("trainer", "recipes", "kernels", "configs")
 PROJECT = Path(__file__).resolve().parent.parent  # as in trainer.config, which imports pydantic
 SIOCGIFADDR = 0x8915
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,15 @@ def read_hosts(path: Path) -> list[Host]:
     """Hosts of a file in DeepSpeed's format: `name slots=N` a line, # starts a comment.
 
     Raises:
-        UserError: no such file, or a line of another form.
+        UserError: no such file, a line of another form, or a host twice.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"--hosts {path}: cannot be read: {error.strerror}") from error
-    hosts = []
+    except UnicodeDecodeError as error:
+        raise UserError(f"--hosts {path}: is no text in UTF-8; wanted a line `HOST slots=N` for each host") from error
+    hosts: list[Host] = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -52,6 +57,8 @@ def read_hosts(path: Path) -> list[Host]:
         match = re.fullmatch(r"([^\s-]\S*)(?:\s+slots=(\d+))?", text)  # ssh would take -o... for an option
         if match is None or match[2] == "0":
             raise UserError(f"{path}:{number}: {line!r}: wanted `HOST slots=N`")
+        if match[1] in [host.name for host in hosts]:
+            raise UserError(f"{path}:{number}: names {match[1]} again; write one line with all its slots")
         hosts.append(Host(match[1], int(match[2] or 1)))
     if not hosts:
         raise UserError(f"{path}: names no host; write a line `HOST slots=N` for each")
@@ -68,11 +75,28 @@ def check_node(path: Path, hosts: Sequence[Host], node: int) -> None:
         raise UserError(f"--node {node}: {path} names {len(hosts)} hosts, wanted 0 to {len(hosts) - 1}")
 
 
-def by_hand(arguments: list[str], hosts: Sequence[Host], node: int) -> HostJob:
-    """The part of one host, where every host is started by a person or another program."""
-    environment = {"MASTER_ADDR": hosts[0].name, "MASTER_PORT": os.environ.get("MASTER_PORT", str(PORT))}
+def by_hand(arguments: list[str], hosts: Sequence[Host], node: int, say: Callable[[str], None]) -> HostJob:
+    """The part of one host, where every host is started by a person or another program.
+
+    Raises:
+        UserError: the others cannot be reached from here, or the port is none or taken.
+    """
+    own, port = hosts[node], master_port(PORT)
+    try:
+        there = network(own.name, [host.name for host in (hosts[:1] if node else hosts)])
+        if not node:
+            socket.create_server(("", int(port))).close()
+    except UserError as error:
+        raise UserError(f"--node {node}: {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"MASTER_PORT={port}: {os.strerror(error.errno or 0)}; set another one on every host"
+        ) from error
+    environment = {"MASTER_ADDR": hosts[0].name if node else there.address, "MASTER_PORT": port}
+    environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", there.interface)
+    say(f"host {node} of {len(hosts)} ({own.name}): meets the others at {hosts[0].name}, port {port}")
     first = sum(h.slots for h in hosts[:node])
-    return HostJob(arguments, hosts[node].slots, first, sum(h.slots for h in hosts), environment)
+    return HostJob(arguments, own.slots, first, sum(h.slots for h in hosts), environment)
 
 
 # What a host is like
@@ -92,20 +116,17 @@ def code_version() -> str:
 def facts() -> dict[str, str]:
     """What must be the same on every host of a run."""
     found = {"Python": platform.python_version()}
-    for name in PACKAGES:
+    for name in ("ostinato", *requirements()):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return {**found, "project": str(PROJECT), "code": code_version(), "working directory": os.getcwd()}
 
 
-def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-    """Name the hosts that differ from the others.
+def differences(found: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """For each fact in which hosts differ, those that differ from the others.
 
     Args:
         found: (host, facts) of each.
-
-    Raises:
-        UserError: some do.
     """
     lines = []
     for name in dict.fromkeys(name for _, facts in found for name in facts):
@@ -117,7 +138,16 @@ def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         if odd:
             told = ", ".join(f"{host} has {value}" for host, value in sorted(odd.items())[:8])
             lines.append(f"{name}: {told}; {others} {'have' if number > 1 else 'has'} {common}")
-    if lines:
+    return lines
+
+
+def compare(found: Sequence[tuple[str, Mapping[str, str]]]) -> None:
+    """Refuse hosts that differ from the others; for the argument see `differences`.
+
+    Raises:
+        UserError: some do.
+    """
+    if lines := differences(found):
         raise UserError(
             "the hosts are not alike:\n  "
             + "\n  ".join(lines)
@@ -137,8 +167,15 @@ def check_alike(folder: Path) -> None:
     from trainer import distributed
 
     host = socket.gethostname()
-    found = distributed.gather((host, facts() if distributed.is_first_of_host() else None))
-    compare([(name, each) for name, each in found if each is not None])
+    own = None
+    if distributed.is_first_of_host():
+        settings = {name: value for name, value in os.environ.items() if name.startswith("DS_")}
+        own = facts() | settings, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set")}
+    found = [(name, each) for name, each in distributed.gather((host, own)) if each is not None]
+    compare([(name, wanted) for name, (wanted, _) in found])
+    for line in differences([(name, usual) for name, (_, usual) in found]):  # hosts may have more cores than others
+        if distributed.is_first():
+            log.warning("%s; the slower ones hold up the others", line)
     token = folder / f".seen-{distributed.from_first(secrets.token_hex(4))}"
     distributed.on_first(token.touch)
     seen = distributed.gather((host, token.exists()))
@@ -151,6 +188,18 @@ def check_alike(folder: Path) -> None:
 
 
 # The network
+
+
+def master_port(default: int) -> str:
+    """MASTER_PORT, or the default.
+
+    Raises:
+        UserError: it is no port.
+    """
+    port = os.environ.get("MASTER_PORT", str(default))
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port}: wanted the number of a port, 1 to 65535")
+    return port
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Outcome:
             signal, a lost host, the network).
         text: for the user.
         messages: what the ranks had to tell the user.
+        began: false if hosts were asked and too few of them answered.
     """
 
     code: int
@@ -62,6 +63,7 @@ class Outcome:
     error: str = ""
     text: str = ""
     messages: tuple[str, ...] = field(default=())
+    began: bool = True
 
 
 class Job(Protocol):

@@ -32,6 +32,8 @@ class Position:
     """Sound trained on so far."""
     train_seconds: float = 0.0
     """Wall time of all steps so far."""
+    validation_due: int | None = None
+    """Epoch that the validation of this step belongs to, which a signal came before: the run begins with it."""
 
     def left_out_later(self) -> list[str]:
         """Keys left out of the next epoch, as far as is known now."""

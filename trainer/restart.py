@@ -12,7 +12,9 @@ from trainer.errors import EXIT_CHECK_FOUND_SOMETHING, EXIT_DONE, EXIT_REQUEUE, 
 from trainer.launch import POLL_SECONDS, Job, Outcome, catching_signals, wait
 
 PAUSES_SECONDS = (1.0, 5.0, 15.0, 30.0)
-"""Before the first, second, ... start in a row that led to no new checkpoint."""
+"""Before the first, second, ... start in a row that led to no new checkpoint, or for which too few hosts answered."""
+AWAY_SECONDS = 900.0
+"""Time that hosts which do not answer are waited for: the restart of one takes minutes, and costs no new start."""
 FINAL = (EXIT_DONE, EXIT_USER_MISTAKE, EXIT_CHECK_FOUND_SOMETHING, EXIT_REQUEUE)
 """Exit codes after which a new start would change nothing."""
 
@@ -61,20 +63,34 @@ def supervise(start: Callable[[bool], Job], max_restarts: int) -> int:
     Returns:
         the exit code of the last attempt.
     """
-    before: Outcome | None = None
     own: Outcome | None = None  # the last one that failed for a reason of its own
-    number = 0
+    first, newest = True, -1
+    number = in_vain = 0
+    away_since = None
     with catching_signals() as came:
         while True:
-            outcome = _attempt(start, before is None, came)
+            outcome = _attempt(start, first, came)
+            first = False
             for message in outcome.messages:
                 print(message, file=sys.stderr, flush=True)
             if outcome.text:
                 say(outcome.text)
             if outcome.code in FINAL or came:
                 return outcome.code
-            if before is not None and outcome.saved > before.saved:
-                number = 0
+            if not outcome.began:
+                away_since = time.monotonic() if away_since is None else away_since
+                if time.monotonic() - away_since > AWAY_SECONDS:
+                    say(f"gave up after {AWAY_SECONDS / 60:g} minutes in which too few hosts answered")
+                    return outcome.code
+                pause = PAUSES_SECONDS[min(in_vain, len(PAUSES_SECONDS) - 1)]
+                in_vain += 1
+                say(f"asks the hosts again in {pause:g} s, for {AWAY_SECONDS / 60:g} minutes at most (no new start)")
+                if not _pause(pause, came):
+                    return EXIT_REQUEUE
+                continue
+            in_vain, away_since = 0, None
+            if outcome.saved > newest:
+                number, newest = 0, outcome.saved
             if own is not None and (outcome.step, outcome.error) == (own.step, own.error):
                 say(
                     f"the same error twice at step {outcome.step} ({outcome.error}): a new start would meet it again; "
@@ -86,13 +102,18 @@ def supervise(start: Callable[[bool], Job], max_restarts: int) -> int:
                     say(f"gave up after {number} new starts without a new checkpoint (launch.max_restarts)")
                 return outcome.code
             pause = PAUSES_SECONDS[min(number, len(PAUSES_SECONDS) - 1)]
-            number, before, own = number + 1, outcome, outcome if outcome.error else own
+            number, own = number + 1, outcome if outcome.error else own
             say(f"starts again in {pause:g} s from the newest checkpoint ({number} of {max_restarts})")
-            until = time.monotonic() + pause
-            while time.monotonic() < until and not came:
-                time.sleep(POLL_SECONDS)
-            if came:
+            if not _pause(pause, came):
                 return EXIT_REQUEUE
+
+
+def _pause(seconds: float, came: list[int]) -> bool:
+    """Wait; false if a signal came."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not came:
+        time.sleep(POLL_SECONDS)
+    return not came
 
 
 def _attempt(start: Callable[[bool], Job], first: bool, came: list[int]) -> Outcome:

@@ -127,11 +127,13 @@ class RunDirectory:
         self.suspicious.unlink(missing_ok=True)
         append(self.suspicious, rows)
 
-    def cut_back(self, step: int) -> None:
-        """Forget what was written after a step, in every file; rank 0 only."""
+    def cut_back(self, step: int, validated: bool = True) -> None:
+        """Forget what was written after a step, in every file, and its validation if it is still due; rank 0 only."""
         self._quarantined = None
         for path in [self.metrics, self.quarantine, self.refused, self.spikes, *sorted(self.ledger.glob("*.jsonl"))]:
             _keep_lines(path, lambda row: row["step"] <= step)
+        if not validated:
+            _keep_lines(self.metrics, lambda row: row["step"] < step or row["kind"] != "validation")
 
 
 CLOCKS = frozenset({"seconds", "step_seconds", "data_wait_percent", "audio_hours_per_second", "tokens_per_second"})

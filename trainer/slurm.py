@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 
 from trainer.errors import UserError
-from trainer.hosts import Host
+from trainer.hosts import Host, network
 
 FIRST_PORT, NUM_PORTS = 20000, 10000
 
@@ -23,17 +23,31 @@ def take_place(environment: MutableMapping[str, str]) -> None:
     # A port of its own for each step and each time the job is started: the last one's may not be free yet.
     number = sum(int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     number += 1000 * int(environment.get("SLURM_RESTART_COUNT", "0"))
-    environment.setdefault("MASTER_ADDR", _names(environment["SLURM_STEP_NODELIST"])[0])
+    names = _names(environment["SLURM_STEP_NODELIST"])
+    environment.setdefault("MASTER_ADDR", names[0])
+    if "GLOO_SOCKET_IFNAME" not in environment:
+        environment["GLOO_SOCKET_IFNAME"] = network(environment["SLURMD_NODENAME"], names).interface
     environment.setdefault("MASTER_PORT", str(FIRST_PORT + number % NUM_PORTS))
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
 
 
+def _scontrol(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = ["scontrol", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:  # there is none
+        return subprocess.CompletedProcess(command, 127, "", f"cannot be started: {error.strerror}")
+
+
 def _names(nodes: str) -> list[str]:
-    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    done = _scontrol("show", "hostnames", nodes)
     if done.returncode:
-        raise UserError(f"scontrol show hostnames {nodes}: {done.stderr.strip()}; is Slurm's bin folder in PATH?")
+        raise UserError(
+            f"scontrol show hostnames {nodes}: {done.stderr.strip()}; is Slurm's bin folder in PATH? To train on this "
+            "host alone, unset SLURM_JOB_ID"
+        )
     return done.stdout.split()
 
 
@@ -59,9 +73,12 @@ def srun(host: str, command: str) -> list[str]:
 
 
 def requeue(environment: Mapping[str, str]) -> None:
-    """Have a batch job that has saved started again; one of `salloc` is left to its user."""
+    """Have a batch job that has saved started again, unless somebody has cancelled it; one of `salloc` is left to its
+    user."""
     if "SLURMD_NODENAME" not in environment:  # the shell of salloc
         return
-    done = subprocess.run(["scontrol", "requeue", environment["SLURM_JOB_ID"]], capture_output=True, text=True)
-    said = f"is requeued as job {environment['SLURM_JOB_ID']}" if not done.returncode else done.stderr.strip()
+    # `incomplete`: not one that was cancelled, which Slurm shows as completing at this time, and says nothing of.
+    done = _scontrol("requeue", "incomplete", job := environment["SLURM_JOB_ID"])
+    why_not = f"is not requeued: scontrol: {done.stderr.strip()}"
+    said = why_not if done.returncode else f"job {job} is requeued, unless it was cancelled"
     print(f"launch: {said}", file=sys.stderr, flush=True)

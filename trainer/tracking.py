@@ -74,6 +74,7 @@ class Tracker:
         total_steps: for the progress bar.
         active: false on every rank but the first: does nothing.
         bar: show how far the run is, where somebody watches.
+        patience_seconds: W&B gets no longer than this to begin or to end the run.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class Tracker:
         total_steps: int,
         active: bool,
         bar: bool = True,
+        patience_seconds: float = math.inf,
     ) -> None:
         self.config = config
+        self._patience = patience_seconds
         self.folder = folder
         self.active = active
         self._run: Any = None
@@ -176,7 +179,9 @@ class Tracker:
                         mode=attempt,
                         config=settings,
                         settings=wandb.Settings(
-                            init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
+                            init_timeout=min(INIT_SECONDS, self._patience),
+                            finish_timeout=min(FINISH_SECONDS, self._patience),
+                            finish_timeout_raises=True,
                         ),
                     )
                 except Exception as error:

@@ -22,7 +22,7 @@ LATE_WAITING = 0.8
 """... one that waits for others: then those have had their say. Collectives time out at the same time."""
 STDERR = 2
 STACKS = signal.SIGUSR2
-"""Asks a rank for its stack traces."""
+"""Asks a process for its stack traces."""
 FOREIGN = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 """Environment variables of launchers (torchrun, DeepSpeed's) that leave ranks behind when they are killed."""
 
@@ -50,7 +50,6 @@ class Watchdog(threading.Thread):
         self._parent = os.getppid() if any(name in os.environ for name in FOREIGN) else None
 
     def __enter__(self) -> "Watchdog":
-        show_stacks_when_asked()
         self.start()
         return self
 

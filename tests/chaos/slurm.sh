@@ -39,10 +39,12 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=20
 KillWait=15
-NodeName=nodea NodeAddr=10.77.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN
-NodeName=nodeb NodeAddr=10.77.0.2 CPUs=2 RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName=nodea NodeAddr=10.77.0.1 CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=nodeb NodeAddr=10.77.0.2 CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=nodea,nodeb Default=YES MaxTime=INFINITE State=UP GraceTime=5
 END
+    printf 'Name=gpu File=/dev/%s\n' null zero >"$slurm/gres.conf" # there are none: only their number is asked for
     printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n' >"$slurm/cgroup.conf"
     printf '#!/bin/sh\nSLURM_CONF="%s" exec "%s" "$@"\n' "$slurm/slurm.conf" "$folder/on" >"$slurm/on"
     chmod +x "$slurm/on"

@@ -288,8 +288,7 @@ def test_a_cut_between_the_ranks_is_seen_by_the_deadline(
 
         def command(self, arguments: list[str], folder: Path) -> list[str]:
             line = ["--hosts", str(self.folder / "hostfile"), "--node", str(self.node)]
-            python = ["env", "GLOO_SOCKET_IFNAME=eth0", sys.executable, "-m", "trainer"]
-            return self.on(("nodea", "nodeb")[self.node], *python, *arguments, *line)
+            return self.on(("nodea", "nodeb")[self.node], sys.executable, "-m", "trainer", *arguments, *line)
 
     first, second = (start(ByHand(node), "by-hand", f"launch.deadline_seconds={DEADLINE}") for node in (0, 1))
     try:
@@ -336,16 +335,18 @@ def slurm(hosts: TwoHosts) -> Iterator[Callable[..., str]]:
     """Runs a command of Slurm on nodea; its output."""
     if (reason := why_not("slurmctld", "slurmd", "munged", "sbatch")) is not None:
         pytest.skip(reason)
-    subprocess.run([str(HERE / "slurm.sh"), "up", str(hosts.folder)], check=True, stdin=subprocess.DEVNULL)
-    hosts._before = set(hosts._all())
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
 
     def ask(*command: str) -> str:
         words = [str(hosts.folder / "slurm" / "on"), "nodea", *command]
         return subprocess.run(words, cwd=PROJECT, env=environment, check=True, capture_output=True, text=True).stdout
 
-    yield ask
-    subprocess.run([str(HERE / "slurm.sh"), "down", str(hosts.folder)], check=True)
+    try:
+        subprocess.run([str(HERE / "slurm.sh"), "up", str(hosts.folder)], check=True, stdin=subprocess.DEVNULL)
+        hosts._before = set(hosts._all())
+        yield ask
+    finally:
+        subprocess.run([str(HERE / "slurm.sh"), "down", str(hosts.folder)], check=True)
 
 
 def test_sbatch_survives_a_kill_and_a_preemption(
@@ -370,7 +371,7 @@ def test_sbatch_survives_a_kill_and_a_preemption(
         wait_for(lambda: inode(run) != before, f"a new start\n{run.text()[-3000:]}")
         reach(run.step() + 4)
         slurm("scancel", "--signal=TERM", job)
-        wait_for(lambda: "is requeued as job" in run.text(), "the requeue")
+        wait_for(lambda: "is requeued" in run.text(), "the requeue")
         wait_for(lambda: state() == "PENDING", "the job in the queue", pause=0.5)
         wait_for(lambda: not run.ranks(), "orphans")
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # instead of two minutes
@@ -383,11 +384,42 @@ def test_sbatch_survives_a_kill_and_a_preemption(
     check_equal(run, whole)
 
 
+@pytest.mark.parametrize(
+    ("option", "setting", "processes"), [("--gpus-per-node=2", "", 4), ("--ntasks-per-node=2", "nproc=1", 2)]
+)
+def test_a_cancelled_job_saves_and_stays_cancelled(
+    slurm: Callable[..., str],
+    hosts: TwoHosts,
+    corpus: Path,
+    tmp_path: Path,
+    option: str,
+    setting: str,
+    processes: int,
+) -> None:
+    """With as many ranks as were asked for: one a GPU (which Slurm believes to be there), or nproc on each node."""
+    run = Run(hosts, corpus, tmp_path / "runs", "cancelled", *SETTINGS, *filter(None, [setting]))
+    words = ["sbatch", "-N2", option, f"--output={run.output}", "launch.sh", *run.arguments]
+    job = re.findall(r"\d+", slurm(*words))[0]
+
+    def told(name: str) -> str:
+        return re.findall(rf"\b{name}=(\w+)", slurm("scontrol", "show", "job", job))[0]
+
+    try:
+        wait_for(lambda: run.step() >= 6, f"step 6\n{run.output.exists() and run.text()[-3000:]}", pause=0.1)
+        assert f"{processes} process(es)" in run.text()
+    finally:
+        slurm("scancel", job)
+    wait_for(lambda: "is requeued, unless it was cancelled" in run.text(), "the end of the job")
+    wait_for(lambda: told("JobState") != "COMPLETING" and not run.ranks(), "the end of the job", pause=0.5)
+    assert (told("JobState"), told("Restarts")) == ("CANCELLED", "0")
+    assert "stopped by a signal" in run.text()
+
+
 def test_srun_starts_ranks(
     slurm: Callable[..., str], hosts: TwoHosts, corpus: Path, tmp_path: Path, whole: Path
 ) -> None:
     """Without a front end of ours: each task is a rank."""
     run = Run(hosts, corpus, tmp_path / "runs", "srun", *SETTINGS)
-    options = ["-N2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--export=ALL,GLOO_SOCKET_IFNAME=eth0"]
+    options = ["-N2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     slurm("srun", *options, "./launch.sh", *run.arguments)
     check_equal(run, whole)

@@ -185,3 +185,17 @@ def test_plan_prints_what_deepspeed_gets(
 ) -> None:
     assert main(["plan", "speech/tones", *overrides(corpus, tmp_path, setting)]) == 0
     assert wanted in capsys.readouterr().out
+
+
+def time_outs(ranks: Any) -> list[float]:
+    """Seconds after which a collective fails, of each group once DeepSpeed has made its own."""
+    Trained(torch.nn.Linear(4, 1), ZeroConfig(stage=2), AdamWConfig(), "fp32", 1)
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    return [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
+
+
+def test_the_time_out_is_that_of_every_group() -> None:
+    """Ranks of tests start with 60 s; DeepSpeed's groups would have torch's half an hour."""
+    for found in run_ranks(2, time_outs):
+        assert len(found) >= 2
+        assert set(found) == {60.0}

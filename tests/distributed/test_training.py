@@ -261,6 +261,51 @@ def test_a_signal_to_one_rank_saves_and_stops_all(corpus: Path, tmp_path: Path) 
     assert numbers(resumed["run"]) == numbers(whole["run"])
 
 
+def interrupted_around_a_validation(ranks: Any, arguments: list[str], rank: int, step: int, batch: int) -> Any:
+    """Train, and send a rank a SIGTERM in a step, or in a batch that it validates (else 0); how many it validated."""
+    from trainer import evaluation
+    from trainer.engine import Training
+
+    train, move, validated = Training.step, evaluation.to_device, []
+
+    def in_step(self: Any, *args: Any) -> None:
+        if self.position.step + 1 == step and ranks.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train(self, *args)
+
+    def in_validation(*args: Any) -> Any:
+        validated.append(1)
+        if len(validated) == batch and ranks.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return move(*args)
+
+    Training.step, evaluation.to_device = in_step, in_validation
+    return fit(ranks, arguments) | {"validated": len(validated)}
+
+
+def test_a_signal_does_not_wait_for_a_validation(corpus: Path, tmp_path: Path) -> None:
+    """It comes just before one, in the same one when it is made up for, and in the last one: nothing is lost."""
+    arguments = overrides(corpus, tmp_path, "max_steps=4", "validation.every_steps=2", "plan.micro_batch_seconds=2.5")
+    arguments.append("plan.micro_batches_per_step=2")
+    whole = run_ranks(2, interrupted_around_a_validation, [*arguments, "name=whole"], 0, 0, 0)
+    once = whole[0]["validated"] // 2
+    assert once == 2  # in two steps of the plan
+    for rank, step, batch, done, saved in [(0, 2, 0, 0, 2), (1, 0, 1, 1, 2), (0, 0, once + 1, once + 1, 4)]:
+        parts = run_ranks(2, interrupted_around_a_validation, [*arguments, "name=parts"], rank, step, batch)
+        assert [r["stopped"] for r in parts] == [True, True]
+        assert parts[rank]["validated"] == done
+        found = checkpoint.newest(parts[0]["run"] / "checkpoints")
+        assert (found.state["position"]["step"], found.state["position"]["validation_due"]) == (saved, 0)
+    resumed = run_ranks(2, fit, [*arguments, "name=parts"])[0]
+    assert resumed["values"] == whole[0]["values"]
+    assert all(torch.equal(resumed["weights"][n], w) for n, w in whole[0]["weights"].items())
+    assert numbers(resumed["run"]) == numbers(whole[0]["run"])
+    states = [checkpoint.newest(run / "checkpoints").state for run in (resumed["run"], whole[0]["run"])]
+    for name in ("best", "validated", "plateau", "gradient_norms"):
+        assert states[0][name] == states[1][name], name
+    assert states[0]["position"]["validation_due"] is None
+
+
 def on_a_broken_disk(ranks: Any, arguments: list[str], failures: int, stop: bool) -> dict[str, Any]:
     """Train where the first attempts to write a checkpoint fail on the last rank."""
     checkpoint_writer.RETRY_SECONDS = (0.0, 0.0)

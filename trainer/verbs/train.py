@@ -11,14 +11,13 @@ command goes on. docs/launch.md says more.
 """
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
 
 from trainer.signals import StopSignals
 from trainer.verbs import add_config, positive, take
+from trainer.watchdog import show_stacks_when_asked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    show_stacks_when_asked()
     with StopSignals() as signals:  # from here on: importing torch takes seconds
         from trainer import slurm
 
@@ -52,9 +52,11 @@ def front(arguments: argparse.Namespace, nproc: int | None, overrides: list[str]
         if named is None:
             return launch.HostJob(command, processes)
         if arguments.node is not None:
-            return hosts.by_hand(command, named, arguments.node)
+            return hosts.by_hand(command, named, arguments.node, restart.say)
         return cluster.Cluster(command, named, connect, settings.min_hosts, restart.say, again=not first)
 
+    if arguments.node is not None and not arguments.hosts:
+        raise UserError(f"--node {arguments.node}: is a line of a hosts file; name it, --hosts FILE")
     named = hosts.read_hosts(arguments.hosts) if arguments.hosts else None
     if named is not None and nproc is not None:
         raise UserError(f"nproc={nproc}: {arguments.hosts} says how many on each host; leave it out")
@@ -84,7 +86,7 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
     from kernels import keep_pages
     from trainer import distributed, launch
     from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
-    from trainer.place import END, START, board
+    from trainer.place import COLLECTIVE, END, START, board
     from trainer.recipe import load
     from trainer.watchdog import LATE_WAITING, Watchdog
 
@@ -101,39 +103,29 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
         launch.tell_failure("" if waiting else error, error, lost=waiting)
 
     with Watchdog(int(os.environ.get("RANK", "0")), deadline, late):
-        ranks = distributed.start(timeout_seconds=LATE_WAITING * deadline)
-        board.at(START)
+        lost = "did not meet the others"
         try:
+            board.at(COLLECTIVE)
+            ranks = distributed.start(timeout_seconds=LATE_WAITING * deadline)
+            board.at(START)
+            lost = "lost another rank"
             from trainer.engine import Training
 
             Training(recipe, ranks, signals).fit()
         except (RequeueError, UserError):
             raise
         except Exception as error:
-            _leave_children_alone()
             if distributed.is_lost_peer(error):  # the traceback that matters is elsewhere
                 launch.tell_failure("", _named(error), lost=True)
-                logging.getLogger(__name__).error("rank %d lost another rank: %s", ranks.rank, _named(error))
+                rank = os.environ.get("RANK", "0")
+                logging.getLogger(__name__).error("rank %s %s: %s", rank, lost, _named(error))
                 return EXIT_OUR_FAULT
-            launch.tell_failure("" if _lost_worker(error) else _named(error), _named(error))
+            launch.tell_failure(_named(error), _named(error))
             raise
         finally:
             board.at(END)
             distributed.stop()
     return 0
-
-
-def _lost_worker(error: Exception) -> bool:
-    """Whether a loader worker was killed: torch tells of it in several ways."""
-    told = ("is killed by signal: Killed", "exited unexpectedly")
-    return isinstance(error, (ConnectionError, EOFError)) or any(text in str(error) for text in told)
-
-
-def _leave_children_alone() -> None:
-    """After a loader worker was killed, torch raises at every child that ends: not while we clear up."""
-    for _ in range(2):  # one may have ended already
-        with contextlib.suppress(RuntimeError):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _named(error: Exception) -> str:
