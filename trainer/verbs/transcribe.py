@@ -7,7 +7,7 @@
 `-` is standard input: WAV, or 16-bit samples of one channel (--rate says how many a second, if not the model's).
 `microphone` needs the extra of that name. A model that runs forward gets the sound chunk by chunk; a line is printed
 whenever the text changes, with how far the decided part lies behind the sound that came. One that needs the whole of a
-recording (both directions) takes files alone, long ones in windows. `--words` adds the time and confidence of each word.
+recording (both directions) takes files alone, long ones in windows. `--words` adds time and confidence of each word.
 """
 
 import argparse
