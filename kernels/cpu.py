@@ -87,14 +87,46 @@ def _share_threads(use: Any) -> None:
 
 @lru_cache(maxsize=1)
 def most_threads() -> int:
-    """Processors this process may use: its affinity, and a container's quota."""
-    allowed = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        amount, _, period = quota.read_text(encoding="utf-8").partition(" ")
-        if amount.isdigit():
-            allowed = min(allowed, max(1, int(amount) // int(period)))
+    """Processors this process may use: its affinity, and the quota of a container, service or job."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), quota())))
+
+
+def quota(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Processors that the control groups of this process allow it, the tightest of them all; infinite without one.
+
+    Args:
+        mounted: where their file systems are, of version 2 or 1.
+        own: lists the groups of the process. Inside a container their paths may not be there: its own is then on top.
+    """
+    try:
+        listed = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        listed = []
+    allowed = math.inf
+    for line in {"0::/", "0:cpu:/", *listed}:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = mounted / "cpu" if controllers else mounted
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            allowed = min(allowed, _quota_of(folder))
+            if folder == top:
+                break
     return allowed
+
+
+def _quota_of(group: Path) -> float:
+    try:
+        if (group / "cpu.max").is_file():
+            amount, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            amount, period = (
+                (group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8").strip() for name in ("quota", "period")
+            )
+        return int(amount) / int(period) if amount.isdigit() else math.inf
+    except (OSError, ValueError):
+        return math.inf
 
 
 def peak_flops() -> float:

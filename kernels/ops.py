@@ -186,8 +186,11 @@ def pack(weight: Tensor, cell: str, bfloat16: bool = False) -> Tensor:
 
     Returns:
         to be given to `recurrence` as `packed`, with the weights themselves.
+
+    Raises:
+        ValueError: weights or type are not what they should be.
     """
-    _check_cell(cell)
+    _check_weight(weight, cell)
     if weight.ndim != 4 or weight.is_cuda or _reason(weight, cell) is not None:
         return weight.new_empty(0)
     if bfloat16 and weight.dtype != torch.float32:
@@ -218,12 +221,14 @@ def recurrence(
         h0, c0: (B, H) initial state.
         cell: rnn_tanh, rnn_relu, rnn_identity, rnn_modrelu, gru (torch's), gru_original, lstm.
         bias: (G H,) recurrent bias.
-        lengths: (B,) int64 on the CPU or where u is.
+        lengths: (B,) int64.
         reverse: a flag for each of R equal groups of units.
-        mask: (B, H).
+        mask: (B, H), a constant: it gets no gradient.
         zoneout: rate of h, or of h and an LSTM's c.
         keys: (B,) int64.
         packed: what `pack` made of the weights.
+
+    All lie on one device. The floating-point ones are of one type; under autocast of any, and computed in float32.
 
     Returns:
         y (T, B, H), last h (B, H), last c (B, H) of an LSTM, else empty.
@@ -236,6 +241,7 @@ def recurrence(
     _check(u, weight, h0, c0, bias, lengths, mask, keys, cell, flags, rates)
     if torch.is_autocast_enabled(u.device.type):
         u, weight = u.float(), weight.float()
+        h0, c0, bias, mask = (None if x is None else x.float() for x in (h0, c0, bias, mask))
     tensors = (h0, c0, bias, lengths, mask, keys)
     reason = _reason(weight, cell)
     if reason is not None:
@@ -257,9 +263,17 @@ def _wrong(name: str, met: object, wanted: object) -> NoReturn:
     raise ValueError(f"{name} is {met}, wanted {wanted}")
 
 
-def _check_cell(cell: str) -> None:
+def _check_weight(weight: Tensor, cell: str) -> None:
     if cell not in GATES:
         _wrong("cell", repr(cell), f"one of {', '.join(GATES)}")
+    if weight.ndim not in (2, 4):
+        _wrong("weight", f"of shape {tuple(weight.shape)}", "(gates, blocks, P, P), or (gates, H) diagonals")
+    if weight.shape[0] != GATES[cell]:
+        _wrong("weight", f"for {weight.shape[0]} gates", f"{GATES[cell]} for the cell {cell}")
+    if weight.ndim == 4 and weight.shape[2] != weight.shape[3]:
+        _wrong("weight", f"of blocks {weight.shape[2]} x {weight.shape[3]}", "square ones")
+    if not weight.numel():
+        _wrong("weight", f"of shape {tuple(weight.shape)}", "one unit or more")
 
 
 def _check(
@@ -275,14 +289,8 @@ def _check(
     reverse: list[bool],
     zoneout: list[float],
 ) -> None:
-    _check_cell(cell)
+    _check_weight(weight, cell)
     gates = GATES[cell]
-    if weight.ndim not in (2, 4):
-        _wrong("weight", f"of shape {tuple(weight.shape)}", "(gates, blocks, P, P), or (gates, H) diagonals")
-    if weight.shape[0] != gates:
-        _wrong("weight", f"for {weight.shape[0]} gates", f"{gates} for the cell {cell}")
-    if weight.ndim == 4 and weight.shape[2] != weight.shape[3]:
-        _wrong("weight", f"of blocks {weight.shape[2]} x {weight.shape[3]}", "square ones")
     parts = weight.shape[1]
     size = parts * (weight.shape[2] if weight.ndim == 4 else 1)
     if u.ndim != 3 or u.shape[2] != gates * size:
@@ -299,19 +307,23 @@ def _check(
         "keys": (keys, (batch,)),
     }
     for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            _wrong(name, f"of shape {tuple(tensor.shape)}", shape)
+    if not u.is_floating_point():
+        _wrong("u", f"of {u.dtype}", "floating point")
+    autocast = torch.is_autocast_enabled(u.device.type)
+    for name, tensor in (("weight", weight), *((name, tensor) for name, (tensor, _) in shapes.items())):
         if tensor is None:
             continue
-        if tensor.shape != shape:
-            _wrong(name, f"of shape {tuple(tensor.shape)}", shape)
-        dtype = torch.int64 if name in ("lengths", "keys") else u.dtype
-        if tensor.dtype != dtype and not torch.is_autocast_enabled(u.device.type):
-            _wrong(name, f"of {tensor.dtype}", dtype)
+        if name in ("lengths", "keys"):
+            if tensor.dtype != torch.int64:
+                _wrong(name, f"of {tensor.dtype}", torch.int64)
+        elif not tensor.is_floating_point() or (tensor.dtype != u.dtype and not autocast):
+            _wrong(name, f"of {tensor.dtype}", "floating point" if autocast else f"{u.dtype}, as u")
         if tensor.device != u.device:
             _wrong(name, f"on {tensor.device}", u.device)
-    if weight.device != u.device:
-        _wrong("weight", f"on {weight.device}", u.device)
-    if weight.dtype != u.dtype and not torch.is_autocast_enabled(u.device.type):
-        _wrong("weight", f"of {weight.dtype}", f"{u.dtype}, as u")
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        _wrong("mask", "one that requires a gradient", "a constant: no kernel has its derivative")
     if c0 is not None and cell != "lstm":
         _wrong("c0", "given", f"None: a {cell} has no cell state")
     if len(zoneout) != 2 or not all(0 <= rate < 1 for rate in zoneout):

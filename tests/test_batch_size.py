@@ -1,16 +1,21 @@
 """Finding the largest budget: it grows to the limit, and a process that has to be ended costs nothing."""
 
 import json
+import multiprocessing
+import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.data.test_plan import make_lengths
 from tests.helpers import overrides
 from trainer import batch_size, memory
 from trainer.__main__ import main
-from trainer.batch_size import Trial
-from trainer.errors import EXIT_USER_MISTAKE
+from trainer.batch_size import Trial, of_the_longest
+from trainer.data.plan import BucketedConfig, BucketedPlan
+from trainer.errors import EXIT_USER_MISTAKE, UserError
 
 
 class Device:
@@ -21,7 +26,7 @@ class Device:
         self.tried: list[float] = []
 
     def ask(self) -> dict[str, object]:
-        return {"device": "cpu", "free_bytes": 1000, "longest_seconds": 10.0}
+        return {"device": "cpu", "free_bytes": 1000, "least_seconds": 10.0}
 
     def attempt(self, budget: float, limit: int) -> Trial:
         self.tried.append(budget)
@@ -51,6 +56,43 @@ def test_the_search_ends_with_the_corpus(monkeypatch: pytest.MonkeyPatch) -> Non
     found = batch_size.largest("any", [], 1000, 0.8, lambda trial: None)
     assert found["trials"][-1]["whole_epoch"]
     assert found["micro_batch_seconds"] == 80
+
+
+def test_the_longest_clip_fits_the_first_budget() -> None:
+    """Where the budget has a quadratic term, that is more than its seconds."""
+    config = BucketedConfig(micro_batch_seconds=600, quadratic_seconds=5.0)
+    lengths = make_lengths()
+    longest, least = of_the_longest(config, BucketedPlan(config, lengths, seed=1).epoch(0))
+    first = config.model_copy(update={"micro_batch_seconds": least, "max_seconds": longest})
+    assert BucketedPlan(first, lengths, seed=1).epoch(0).totals()["samples"] == len(lengths)
+
+
+def slow(pipe: Connection, *_: object) -> None:
+    """A child that starts, and never ends its steps."""
+    pipe.send({"device": "cpu", "free_bytes": 1000, "least_seconds": 10.0})
+    pipe.recv()
+    threading.Event().wait()
+
+
+def test_what_is_slow_is_not_called_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "_run", slow)
+    monkeypatch.setattr(batch_size, "START_METHOD", "fork")
+    child = batch_size._Child("any", [])
+    monkeypatch.setattr(batch_size, "START_SECONDS", 0.05)
+    assert child.attempt(10.0, 2**40) == Trial(10.0, fits=False, timed_out=True)
+    assert not child.process.is_alive()
+    monkeypatch.setattr(child, "attempt", lambda budget, limit: Trial(budget, fits=False, timed_out=True))
+    monkeypatch.setattr(batch_size, "_Child", lambda *_: child)
+    with pytest.raises(UserError, match=r"any: a batch of the longest clip takes longer than 0\.05 s"):
+        batch_size.largest("any", [], 1000, 0.8, lambda trial: None)
+
+
+def test_a_plan_that_counts_no_seconds_is_refused() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    batch_size._run(theirs, "copying/t1000", [])
+    error = ours.recv()
+    assert isinstance(error, UserError)
+    assert "copying/t1000: plan.kind = generated: its batches are no seconds of sound" in str(error)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The benchmarks run and report what they say; how fast anything is, is not asked here."""
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
 from trainer import bench_language, bench_loader, bench_orthogonal, bench_plan, recipe
 from trainer.__main__ import main
-from trainer.errors import EXIT_USER_MISTAKE
+from trainer.errors import EXIT_USER_MISTAKE, UserError
 from trainer.verbs import bench as bench_verb
 
 pytestmark = pytest.mark.distributed
@@ -56,6 +57,15 @@ def test_loader(corpus: Path, tmp_path: Path) -> None:
 def test_who_delivers_less_is_found_out() -> None:
     with pytest.raises(AssertionError, match=r"webdataset delivers 0\.500 hours, wanted 1\.000"):
         bench_loader._check({"webdataset": lambda: 1800 * 16000}, {"webdataset": 1.0}, 3600 * 16000)
+
+
+@pytest.mark.parametrize("names", [("a.wav", "a.txt"), ("a.flac", "a.json")])
+def test_shards_that_no_rival_reads_are_a_mistake(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match=r"a\.tar: holds other samples than KEY\.flac with KEY\.txt"):
+        bench_loader.read_clips([tmp_path / "a.tar"], 1.0)
 
 
 def test_waiting_is_a_share_of_the_time_of_all_steps() -> None:

@@ -74,6 +74,18 @@ def test_the_examples_run() -> None:
     assert "block_gru" in ran
 
 
+def test_the_settings_of_the_corpora_are_valid(tmp_path: Path) -> None:
+    from trainer import recipe
+
+    text = (PROJECT / "docs/corpora.md").read_text(encoding="utf-8")
+    kinds = []
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", text, re.S)):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(f"recipe: speech\n{block}", encoding="utf-8")
+        kinds.append(recipe.load(str(path), []).config.data.corpus.kind)  # type: ignore[attr-defined]
+    assert kinds == ["kaldi", "manifest", "lhotse"]
+
+
 def test_links_of_the_documents_lead_somewhere() -> None:
     for path in [PROJECT / "README.md", *(PROJECT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kernels import cpu
 from tests.helpers import overrides
 from trainer import checkpoint, recipe
 from trainer import config as configuration
@@ -59,6 +60,14 @@ def test_a_name_that_no_folder_can_have_is_no_run(capsys: pytest.CaptureFixture[
     assert "xxx: is no" in mistake(capsys, "evaluate", "x" * 300)
 
 
+def test_an_instruction_set_that_nobody_knows_is_a_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "instruction_set", cpu.instruction_set.__wrapped__)
+    monkeypatch.setenv("OSTINATO_CPU", "avx")
+    assert "OSTINATO_CPU='avx', wanted one of portable, avx2, avx512; set that" in mistake(capsys, "schema")
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "x", "²", "1.5"])
 def test_a_number_of_processes_is_checked(capsys: pytest.CaptureFixture[str], number: str) -> None:
     assert f"world_size = '{number}': wanted a whole number" in mistake(
@@ -90,3 +99,21 @@ def test_idle_ranks_are_told_before_anything_starts(
     assert "forward and backward take" in " ".join(shown.replace("│", " ").split())
     warnings = [line for line in shown.splitlines() if line.startswith("warning:") and "padding" not in line]
     assert (wanted in warnings[0]) if wanted else not warnings
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("shards", "lint", ".", "--json"),
+        ("shards", "stats", ".", "--picture"),
+        ("shards", "preview", ".", "--page"),
+        ("bench", "kernels", "--only=none", "--json"),
+        ("bench", "kernels", "--only=none", "--picture"),
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    shown = mistake(capsys, *command, str(tmp_path / "none" / "file"))
+    assert f"{command[-1]} {tmp_path}/none/file: cannot be written: No such file or directory; name another" in shown

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.helpers import overrides
 from trainer.__main__ import main
-from trainer.errors import UserError
+from trainer.errors import EXIT_CHECK_FOUND_SOMETHING, EXIT_DONE, UserError
 from trainer.run import RunDirectory
+from trainer.verbs import verify_resume as verb
 from trainer.verify_resume import Comparison, compare, schedule, verify
 
 NUMBERS = ("weights", "optimizer", "metrics")
@@ -16,10 +19,26 @@ NUMBERS = ("weights", "optimizer", "metrics")
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_killed_runs_go_on_exactly_and_a_difference_is_found(corpus: Path, tmp_path: Path) -> None:
+def test_killed_runs_go_on_exactly_and_a_difference_is_found(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = overrides(corpus, tmp_path, "plan.micro_batch_seconds=4")
     told: list[str] = []
-    kept, moved = verify("speech/tones", arguments, tmp_path / "runs", 8, 1, [1, 2], 0, told.append)
+    found: list[Comparison] = []
+
+    def watched(*given: Any) -> list[Comparison]:
+        found.extend(verify(*given[:-1], told.append))
+        return found
+
+    runs = tmp_path / "runs"  # what the verb deletes is looked at below
+    monkeypatch.setattr(verb, "shutil", SimpleNamespace(rmtree=lambda folder: folder.rename(runs)))
+    monkeypatch.setattr("trainer.verify_resume.verify", watched)
+    assert main(["verify-resume", "speech/tones", "--steps=8", "--kills=1", *arguments]) == EXIT_DONE
+    shown = capsys.readouterr().out
+    assert "8 steps, beside the run without faults" in shown
+    assert "equal bit for bit" in shown
+    assert runs.exists()
+    kept, moved = found
     assert (kept.name, kept.moved, moved.name, moved.moved) == ("killed", False, "killed and moved", True)
     assert len(kept.resumed) == len(moved.resumed) == 1
     assert len(told) == 5
@@ -27,7 +46,7 @@ def test_killed_runs_go_on_exactly_and_a_difference_is_found(corpus: Path, tmp_p
     assert moved.wrong(1e-3) == []
     assert {s.processes for s in moved.starts} == {1, 2}
 
-    whole, other = RunDirectory(tmp_path / "runs" / "whole"), RunDirectory(tmp_path / "runs" / "killed")
+    whole, other = RunDirectory(runs / "whole"), RunDirectory(runs / "killed")
     ledger = next(other.ledger.glob("*.jsonl"))
     lines = ledger.read_text().splitlines(keepends=True)
     row = json.loads(lines[0])
@@ -39,6 +58,23 @@ def test_killed_runs_go_on_exactly_and_a_difference_is_found(corpus: Path, tmp_p
     assert not same
     assert apart["metrics"] == pytest.approx(0.5)
     assert apart["weights"] == apart["optimizer"] == 0
+
+
+def test_a_difference_ends_with_its_own_code_and_keeps_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def different(config: str, overrides: list[str], folder: Path, *_: object) -> list[Comparison]:
+        folder.mkdir()
+        return [
+            Comparison("killed", schedule(0, 8, 1, [1]), [3], ledger=False, differences=dict.fromkeys(NUMBERS, 0.0))
+        ]
+
+    monkeypatch.setattr("trainer.verify_resume.verify", different)
+    assert main(["verify-resume", "speech/tones", f"runs_dir={tmp_path}"]) == EXIT_CHECK_FOUND_SOMETHING
+    shown = capsys.readouterr().out
+    assert "DIFFERS" in shown
+    assert "killed: ledger differs" in shown
+    assert len(list(tmp_path.glob("verify-resume-*"))) == 1
 
 
 def test_what_is_judged() -> None:
@@ -63,10 +99,18 @@ def test_moments_are_random_in_order_and_go_through_all_numbers_of_processes() -
         schedule(0, 5, 4, [1])
 
 
-@pytest.mark.parametrize("text", ["0", "1,", "two", "1,17", "-1"])
-def test_wrong_numbers_of_processes_are_explained(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify-resume", "speech/tones", f"--processes={text}"]) == 2
-    assert f"--processes {text}: wanted numbers from 1 to 16" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "text", "wanted"),
+    [
+        *(("processes", text, "numbers from 1 to 16") for text in ("0", "1,", "two", "1,17", "-1")),
+        ("kills", "-1", "0 or more"),
+        ("tolerance", "nan", "a number from 0 on"),
+        ("tolerance", "-0.1", "a number from 0 on"),
+    ],
+)
+def test_wrong_numbers_are_explained(option: str, text: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify-resume", "speech/tones", f"--{option}={text}"]) == 2
+    assert f"--{option} {text}: wanted {wanted}" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

@@ -52,6 +52,7 @@ def run(verb: str, rest: list[str]) -> int:
     Raises:
         UserError: there is no such verb, and what the verb raises.
     """
+    _check_environment()
     names = sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(verbs.__path__))
     known = [name for name in names if name not in HIDDEN]
     if verb in ("-h", "--help", "help"):
@@ -77,6 +78,21 @@ def run(verb: str, rest: list[str]) -> int:
         arguments.overrides += left
     code: int = module.main(arguments)
     return code
+
+
+def _check_environment() -> None:
+    """See to it that the kernels can be imported: they read a variable of the environment meanwhile.
+
+    Raises:
+        UserError: it is set to something else than they know.
+    """
+    if "OSTINATO_CPU" in os.environ:
+        try:
+            from kernels import cpu
+
+            cpu.instruction_set()
+        except ValueError as error:
+            raise UserError(f"the environment: {error}; set that, or nothing") from error
 
 
 def print_help(names: list[str]) -> None:

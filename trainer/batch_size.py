@@ -12,11 +12,15 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
+from trainer.data.plan import BucketedConfig, Steps
 from trainer.errors import UserError
 
 CLOSE_ENOUGH = 1.05
 """The search ends when a budget so many times larger is known, or expected, not to fit."""
 WATCH_SECONDS = 0.01
+START_METHOD = "spawn"
 START_SECONDS = 300.0
 """Time for the child to start and for any one budget."""
 
@@ -38,6 +42,8 @@ class Trial:
     """Audio-hours a second in it."""
     whole_epoch: bool = False
     """Whether one micro-batch holds all there is: a larger budget changes nothing."""
+    timed_out: bool = False
+    """It was ended because it took longer than `START_SECONDS`: whether it fits is not known."""
 
 
 def largest(
@@ -54,7 +60,7 @@ def largest(
         the trials, the largest budget that fits, the limit in bytes.
 
     Raises:
-        UserError: not even a batch of the longest clip fits.
+        UserError: not even a batch of the longest clip fits, or can be tried in time.
     """
     child = _Child(config, overrides)
     try:
@@ -67,10 +73,15 @@ def largest(
             report(trials[-1])
             return trials[-1]
 
-        low = attempt(facts["longest_seconds"])
+        low = attempt(facts["least_seconds"])
+        if low.timed_out:
+            raise UserError(
+                f"{config}: a batch of the longest clip takes longer than {START_SECONDS:g} s; set plan.max_seconds, "
+                "or a smaller model"
+            )
         if not low.fits:
             raise UserError(
-                f"{config}: a batch of the longest clip ({low.budget_seconds:.1f} s) takes more than the "
+                f"{config}: a batch of the longest clip ({low.budget_seconds:.1f} s of the budget) takes more than the "
                 f"{limit / 2**30:.2f} GiB that a process may have; set plan.max_seconds, or a smaller model"
             )
         high: float | None = None
@@ -114,23 +125,34 @@ class _Child:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(START_METHOD)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_run, args=(theirs, *self.arguments))
         self.process.start()
         theirs.close()
-        self.facts = self._answer(0)
+        try:
+            self.facts = self._answer(0)
+        except TimeoutError as error:
+            raise UserError(
+                f"bench batch-size: the process that runs the steps did not start within {START_SECONDS:g} s"
+            ) from error
 
     def _answer(self, limit: int) -> Any:
-        """What the child sends, or None if it passed the limit or died."""
+        """What the child sends, or None if it passed the limit or died.
+
+        Raises:
+            TimeoutError: it took too long, and was ended.
+        """
         from trainer import memory
 
         begun = time.monotonic()
         while not self.pipe.poll(WATCH_SECONDS):
-            held = memory.status("VmRSS", self.process.pid)
-            if (limit and held > limit) or time.monotonic() - begun > START_SECONDS:
+            late = time.monotonic() - begun > START_SECONDS
+            if late or (limit and memory.status("VmRSS", self.process.pid) > limit):
                 self.process.kill()
                 self.process.join()
+                if late:
+                    raise TimeoutError
                 return None
         try:
             answer = self.pipe.recv()
@@ -151,7 +173,10 @@ class _Child:
             self._start()
         self.pipe.send((budget, limit))
         on_gpu = self.ask()["device"] != "cpu"
-        answer = self._answer(0 if on_gpu else limit)  # there the child knows, and the device says when it is full
+        try:
+            answer = self._answer(0 if on_gpu else limit)  # there the child knows, and the device says when it is full
+        except TimeoutError:
+            return Trial(budget, fits=False, timed_out=True)
         return Trial(budget, fits=False, peak_bytes=limit) if answer is None else answer
 
     def close(self) -> None:
@@ -178,18 +203,22 @@ def _run(pipe: Connection, config: str, overrides: list[str]) -> None:
         keep_pages()
         recipe = recipes.load(config, overrides)
         settings = recipe.config
+        if not isinstance(settings.plan, BucketedConfig):
+            raise UserError(
+                f"{config}: plan.kind = {settings.plan.kind}: its batches are no seconds of sound; bench batch-size "
+                "wants a configuration whose plan is bucketed, as speech/read_ru"
+            )
         ranks = distributed.start()
-        longest = settings.plan.longest_seconds
         model = recipe.build_model()
         initialise(model, settings.seed)
         trained = Trained(model.to(ranks.device), settings.zero, settings.optimizer, settings.precision, rounds=1)
         first = recipe.build_dataset("train").plan.epoch(0)
         if not first:
             raise UserError(f"{config}: the training split holds no usable sample")
-        longest = max(max(m.cost / len(m.samples) for m in first.worst()), settings.plan.min_seconds)
+        longest, least = of_the_longest(settings.plan, first)
         cuda = ranks.device.type == "cuda"
         free = torch.cuda.mem_get_info(ranks.device)[0] if cuda else memory.available()
-        pipe.send({"device": str(ranks.device), "free_bytes": free, "longest_seconds": longest * (1 + 1e-9)})
+        pipe.send({"device": str(ranks.device), "free_bytes": free, "least_seconds": least})
 
         def step(batch: Any) -> None:
             output = recipe.step(trained.model, to_device(batch, ranks.device))
@@ -199,7 +228,7 @@ def _run(pipe: Connection, config: str, overrides: list[str]) -> None:
 
         while (order := pipe.recv()) is not None:
             budget, limit = order
-            plan = [f"plan.micro_batch_seconds={budget}", f"plan.max_seconds={longest * (1 + 1e-9)}"]
+            plan = [f"plan.micro_batch_seconds={budget}", f"plan.max_seconds={longest}"]
             dataset = recipes.load(config, [*overrides, *plan]).build_dataset("train")
             steps = dataset.plan.epoch(0)
             pipe.send(_try(dataset, steps, budget, limit, step, ranks.device))
@@ -208,6 +237,12 @@ def _run(pipe: Connection, config: str, overrides: list[str]) -> None:
             pipe.send(error)
     finally:
         distributed.stop()
+
+
+def of_the_longest(plan: BucketedConfig, steps: Steps) -> tuple[float, float]:
+    """Seconds of the longest clip, and the budget that it takes alone; both a little more, for their rounding."""
+    longest = max(max(m.cost / len(m.samples) for m in steps.worst()), plan.min_seconds) * (1 + 1e-9)
+    return longest, float(plan.effective(np.array(longest))) * (1 + 1e-9)
 
 
 def _try(dataset: Any, steps: Any, budget: float, limit: int, step: Callable[[Any], None], device: Any) -> Trial:

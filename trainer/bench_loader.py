@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from kernels import keep_pages
 from trainer import recipe as recipes
 from trainer.bench import Timing, describe, interleaved
+from trainer.config import show
 from trainer.data.audio import LOG_FLOOR, LogMel
 from trainer.data.loader import Loader
 from trainer.data.plan import Step
@@ -39,6 +40,9 @@ CLIPS = 8
 """Clips in a batch of webdataset and of files; lhotse and ours get as many seconds."""
 PLAIN = ["speeds=[1.0]", "time_masks=0", "frequency_masks=0", "gain_db=[0, 0]", "noise=null", "reverberation=null"]
 """No augmentation: the rivals have none."""
+NEEDED = (
+    "holds other samples than KEY.flac with KEY.txt, as `prepare` writes them; bench loader wants what all can read"
+)
 WANTED = {
     ("waveforms", "webdataset, our decoder"): 1.1,
     ("waveforms", "best of the others"): 1.0,
@@ -61,18 +65,24 @@ class Clip:
 
 
 def read_clips(shards: Iterable[Path], hours: float) -> tuple[list[Path], list[Clip]]:
-    """Whole shards, from the first on, until they hold so many hours."""
+    """Whole shards, from the first on, until they hold so many hours.
+
+    Raises:
+        UserError: a shard holds no FLAC, or some without a text of its own.
+    """
     used: list[Path] = []
     clips: list[Clip] = []
     for shard in shards:
         used.append(shard)
         with tarfile.open(shard) as tar:
             members = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
-        for name, content in members.items():
-            key, _, ending = name.rpartition(".")
-            if ending == "flac":
-                sound = soundfile.info(io.BytesIO(content))
-                clips.append(Clip(key, content, members[f"{key}.txt"].decode(), sound.frames / sound.samplerate))
+        keys = [name.removesuffix(".flac") for name in members if name.endswith(".flac")]
+        if not keys or any(f"{key}.txt" not in members for key in keys):
+            raise UserError(f"{show(shard)}: {NEEDED}")
+        for key in keys:
+            flac = members[f"{key}.flac"]
+            sound = soundfile.info(io.BytesIO(flac))
+            clips.append(Clip(key, flac, members[f"{key}.txt"].decode(), sound.frames / sound.samplerate))
         if sum(clip.seconds for clip in clips) >= 3600 * hours:
             break
     return used, clips

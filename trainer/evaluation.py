@@ -209,8 +209,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        with path.with_suffix(".jsonl").open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
         for row in rows:
             row["key"], row["errors"], row["length"], row["columns"]
         return {**found, "metrics": dict(found["metrics"]), "rows": rows}

@@ -43,7 +43,11 @@ def write(path: Path, page: Path, count: int, config: SpeechDataConfig) -> int:
     pairs: list[tuple[Path, Pair]] = []
     problems: list[str] = []
     for shard in sorted(chosen):
-        contents = read_contents(shard, config.features.kind)
+        try:
+            contents = read_contents(shard, config.features.kind)
+        except OSError as error:
+            problems.append(f"{show(shard)}: cannot be read: {error.strerror}")
+            continue
         problems += [f"{show(shard)}: {p.key} {p.check}: {p.detail}" for p in contents.problems]
         pairs += [(shard, pair) for pair in contents.pairs]
     pairs = sorted(pairs, key=lambda found: keyed.key("preview", found[0].name, found[1].key))[:count]

@@ -156,7 +156,8 @@ def read_quarantine(path: Path | None, split: str) -> list[Fault]:
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:  # not `splitlines`, for which some signs in a line end it
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"quarantine = {path}: cannot be read: {error}; name another file, or null") from error
     found = {}
@@ -166,7 +167,8 @@ def read_quarantine(path: Path | None, split: str) -> list[Fault]:
             fault = Fault(str(row["key"]), str(row.get("reason", "listed")), str(row.get("detail", "")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f'{show(path)} line {number}: {line[:80]!r}: wanted {{"key": ..., "reason": ...}}; mend or remove it'
+                f"{show(path)} line {number}: {line.strip()[:80]!r}: "
+                'wanted {"key": ..., "reason": ...}; mend or remove it'
             ) from error
         if row.get("split", split) == split and row.get("found") != PLAN and fault.reason != MISSING:
             found[fault.key] = fault

@@ -1,5 +1,6 @@
 """Every corpus is read from a miniature of its true layout, and says what is wrong with a damaged one."""
 
+import gzip
 import json
 import pickle
 import shutil
@@ -24,7 +25,7 @@ from trainer.data.corpora.kaldi import KaldiConfig, decoded_file
 from trainer.data.corpora.lhotse import LhotseConfig
 from trainer.data.corpora.librispeech import LibriSpeechConfig
 from trainer.data.corpora.manifest import ManifestConfig
-from trainer.data.corpora.prompts import PromptsConfig
+from trainer.data.corpora.prompts import TEXTS, PromptsConfig
 from trainer.data.corpora.timit import CORE_TEST, DEVELOPMENT, PHONES, TimitConfig, fold
 from trainer.data.packing import read_audio, read_features
 from trainer.errors import UserError
@@ -89,6 +90,10 @@ def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def content(name: str, written: bytes) -> Callable[[Path], None]:
+    return lambda root: (root / name).write_bytes(written)
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda root: (root / name).unlink()
 
@@ -107,6 +112,8 @@ def cuts_of(*rows: Any) -> Callable[[Path], None]:
 CHAPTER = "LibriSpeech/dev-clean/84/121123"
 SPEED = [{"name": "Speed", "kwargs": {"factor": 1.1}}]
 OVERLAPPING = [layouts.supervision("a", "c", 0.0, "a"), layouts.supervision("b", "c", 0.2, "b")]
+SPOILT = gzip.compress(b"text")[:10] + b"\xff" * 20
+"""The head of a packed file, and no blocks after it."""
 DAMAGES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("librispeech", remove(f"{CHAPTER}/84-121123-0001.flac"), ["trans.txt line 2: key 84-121123-0001", "no such file"]),
     (
@@ -134,6 +141,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], list[str]]] = [
         ["key u-2: ", "segments has no line for"],
     ),
     ("kaldi", edit("data/train/segments", "1.5 2.01", "2.01 1.5"), ["key u-2: lasts from 2.01 to 1.5 s"]),
+    ("kaldi", edit("data/train/segments", "1.5 2.01", "1.5 inf"), ["key u-2: lasts from 1.5 to inf s"]),
     ("kaldi", edit("data/train/segments", "1.5 2.01", "x"), ["segments line 2: 'long x': wanted KEY RECORDING START"]),
     ("kaldi", edit("data/test/text", "u-4 good night", "u-4"), ["key u-4: text = '': is empty"]),
     ("kaldi", edit("data/test/text", "u-4 good", "u-4 a\nu-4 good"), ["text line 2: key u-4: is there twice"]),
@@ -162,7 +170,14 @@ DAMAGES: list[tuple[str, Callable[[Path], None], list[str]]] = [
         cuts_of(layouts.cut("m", layouts.recording("c", "wav/c.wav"), 0.0, OVERLAPPING)),
         ["id m: has supervisions that overlap"],
     ),
-    ("lhotse", lambda root: (root / "cuts_dev.jsonl.gz").write_bytes(b"\x1f\x8bno"), ["cannot be unpacked"]),
+    ("lhotse", content("cuts_dev.jsonl.gz", b"\x1f\x8bno"), ["cannot be unpacked"]),
+    ("lhotse", content("cuts_dev.jsonl.gz", SPOILT), ["cannot be unpacked (Error -3"]),
+    (
+        "lhotse",
+        content("cuts_dev.jsonl.gz", gzip.compress(b'{"text": "caf\xe9"}')),
+        ["dev.jsonl.gz: is not UTF-8"],
+    ),
+    ("prompts", content(str(TEXTS.holds), SPOILT), ["core-sounds-en.txt.gz: cannot be read (Error -3"]),
 ]
 
 

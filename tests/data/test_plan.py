@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainer import keyed
 from trainer.bench_plan import disorder, librispeech_plan
-from trainer.data.plan import PLANS_KEPT, BucketedConfig, BucketedPlan, Lengths, Measures, Step, Steps, mine
+from trainer.data.plan import PLANS_KEPT, BucketedConfig, BucketedPlan, Lengths, Measures, MicroBatch, Step, Steps, mine
 from trainer.errors import UserError
 
 CONFIG = BucketedConfig(micro_batch_seconds=60, micro_batches_per_step=4, num_buckets=10, window_shards=4)
@@ -192,8 +192,14 @@ def test_a_speed_that_is_only_there_to_fall_back_on_is_not_drawn() -> None:
 
 def test_steps_are_made_when_they_are_asked_for() -> None:
     """A part, a sum and the worst batches of an epoch are those of its steps."""
-    steps = BucketedPlan(CONFIG, make_lengths(speeds=(0.9, 1.0, 1.1)), seed=1).epoch(0)
+    config = CONFIG.model_copy(update={"quadratic_seconds": 10.0})
+    steps = BucketedPlan(config, make_lengths(speeds=(0.9, 1.0, 1.1)), seed=1).epoch(0)
     every = list(steps)
+
+    def taken(m: MicroBatch) -> float:
+        seconds = m.cost / len(m.samples)
+        return (seconds + seconds**2 / 10) * len(m.samples)
+
     assert [step.last for step in every] == [False] * (len(every) - 1) + [True]
     for part in (slice(5, None), slice(0, 3), slice(4, 4), slice(None)):
         assert list(steps[part]) == every[part]
@@ -205,6 +211,7 @@ def test_steps_are_made_when_they_are_asked_for() -> None:
         assert {m.cost for m in worst[:1]} == ({max(m.cost for m in batches)} if batches else set())
         assert all(len(m.samples) <= max(len(w.samples) for w in worst) for m in batches)
         assert all(m.cost / len(m.samples) <= max(w.cost / len(w.samples) for w in worst) for m in batches)
+        assert all(taken(m) <= max(taken(w) for w in worst) for m in batches)
         assert set(worst) <= set(batches)
         assert set(Steps.worst(every[part])) <= set(batches)  # what a plan that is a list has by itself
     assert steps[-1] == every[-1]

@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import re
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -17,8 +19,10 @@ from PIL import Image
 from tests.helpers import overrides
 from trainer import preview, recipe
 from trainer.__main__ import main
+from trainer.config import PROJECT
 from trainer.data import shards
 from trainer.data.audio import FeaturesConfig
+from trainer.data.corpora.base import read_text
 from trainer.data.corpora.manifest import ManifestConfig
 from trainer.data.examine import read_sound
 from trainer.data.index import Index, index_path
@@ -31,6 +35,7 @@ from trainer.data.speech import Prepared, SpeechDataConfig, SpeechDataset
 from trainer.data.tars import read_contents, transcript
 from trainer.data.text import PhonesConfig, SubwordsConfig, TextConfig
 from trainer.errors import UserError
+from trainer.run import append, read_quarantine
 
 RATE = 8000
 FORMATS = ("flac", "wav", "mp3", "ogg")
@@ -286,6 +291,20 @@ def test_the_rule_for_what_is_outside_the_alphabet_holds_for_foreign_texts(tmp_p
     assert dataset.index.label_length[dataset.index.keys.index("s024")] == 1
 
 
+def test_a_key_may_hold_a_sign_that_elsewhere_ends_a_line(tmp_path: Path) -> None:
+    key = "a\u2028b\x85c"
+    folder = foreign(tmp_path / "given")
+    write_tar(folder / "train-2.tar", sample(8, key))
+    make_indexes(folder, made := tmp_path / "made", CONFIG)
+    assert check(made) == []
+    assert collect(made, CONFIG)[0]["train"].samples == 5
+    assert key in Index.load(made / "train", RATE).keys
+    append(tmp_path / "quarantine.jsonl", [{"key": key, "reason": "audio"}])
+    assert [fault.key for fault in read_quarantine(tmp_path / "quarantine.jsonl", "train")] == [key]
+    (tmp_path / "text").write_text(f"{key}\x0c\r\nd\n", encoding="utf-8")
+    assert read_text(tmp_path / "text", "") == [f"{key}\x0c", "d"]
+
+
 # --- lint ------------------------------------------------------------------------------------------------------------
 
 
@@ -385,8 +404,10 @@ def test_lint_names_what_is_wrong(tmp_path: Path, name: str) -> None:
 
 def test_lint_ends_with_its_own_code_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = foreign(tmp_path / "given")
+    (folder / "a.tar").mkdir()
     assert main(["shards", "lint", str(folder)]) == 0
     assert "8 good samples, 0.001 h in 4 shards: all is well" in capsys.readouterr().out
+    (folder / "a-link.tar").symlink_to("nowhere.tar")
     write_tar(folder / "more.tar", [*with_text(EVIL.encode() + b"\xff"), ("[red]x.flac", b"")])
     assert main(["shards", "lint", str(folder), "--json", str(tmp_path / "all.jsonl")]) == 3
     shown = capsys.readouterr().out
@@ -394,6 +415,7 @@ def test_lint_ends_with_its_own_code_and_a_table(tmp_path: Path, capsys: pytest.
     assert "[red]x" in shown, "a name is no markup"
     rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert ("bad", "label") in {(row["key"], row["check"]) for row in rows}
+    assert "cannot be read: No such file or directory" in [row["detail"] for row in rows]
     assert f"{len(rows)} findings" in shown
     assert main(["shards", "lint", str(tmp_path / "nowhere")]) == 2
 
@@ -545,6 +567,7 @@ def test_a_preview_is_a_page_of_its_own_in_which_nothing_is_markup(
     write_tar(
         folder / f"{EVIL.replace('/', '')}.tar", [*sample(9, EVIL.replace(".", ""), text=EVIL), *with_audio(b"?")]
     )
+    (folder / "gone.tar").symlink_to("nowhere.tar")
     assert main(["shards", "preview", str(folder), "--page", str(page), "--count", "50"]) == 0
     assert "(11 samples)" in capsys.readouterr().out
     text = page.read_text(encoding="utf-8")
@@ -552,8 +575,23 @@ def test_a_preview_is_a_page_of_its_own_in_which_nothing_is_markup(
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert text.count("<audio") == 10
     assert text.count("no sound: cannot be decoded") == 1
+    assert "nowhere.tar: cannot be read: No such file" in text
     assert "http://" not in text
     assert "https://" not in text
     first = page.read_bytes()
     assert main(["shards", "preview", str(folder), "--page", str(page), "--count", "3"]) == 0
     assert page.read_text().count("<audio") <= 3 < first.count(b"<audio")
+
+
+def test_the_commands_of_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of docs/data.md, on a miniature."""
+    foreign(tmp_path / "foreign")
+    (tmp_path / "mine.yaml").write_text(f"recipe: speech\ndata: {{sample_rate_hz: {RATE}}}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    text = (PROJECT / "docs/data.md").read_text(encoding="utf-8").replace(" /data/foreign", " foreign")
+    lines = re.findall(r"^\./launch\.sh (shards .*)$", text.replace("speech/mine", "mine.yaml"), re.M)
+    done = [arguments[1] for line in lines if not main(arguments := shlex.split(line, comments=True))]
+    assert done == ["lint", "stats", "preview", "index"]
+    assert Path("shards-stats.png").is_file()
+    assert Path("shards-preview.html").is_file()
+    assert Prepared.load(tmp_path / "data/foreign").splits["train"].samples == 4

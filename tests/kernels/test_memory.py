@@ -14,11 +14,30 @@ from trainer.config import PROJECT
 
 CODE = """
 import ctypes, sys
-from kernels import cases, cpu
+import torch
+import kernels
+from kernels import cases, cpu, log_mel
 library = ctypes.CDLL(sys.argv[1])
 cpu._LIBRARY = library
+log_mel._FUNCTION = getattr(library, f"log_mel_{cpu.instruction_set()}")
 for case in cases.cases():
-    cases.run(case, "cpu", cases.torch.float32, exact=False)
+    cases.run(case, "cpu", torch.float32, exact=False)
+for cell, gates in kernels.reference.GATES.items():
+    weight = torch.rand(gates, 3, 19, 19) / 19
+    packed = kernels.pack(weight, cell, bfloat16=True)
+    kernels.recurrence(torch.rand(4, 5, gates * 57), weight, cell=cell, packed=packed)
+log_mel.selftest()
+for shape in ((1, 1, 16, 16), (4, 1, 3000, 1), (4, 1, 0, 0)):  # refused, or read where nothing is
+    try:
+        kernels.pack(torch.ones(shape), "lstm")
+    except ValueError:
+        continue
+    raise AssertionError(shape)
+for lengths in ([9, -3, 2], [2**60, 5, -(2**60)]):  # that compiled graphs do not check
+    inputs = (None, None, None, torch.tensor(lengths), None, None, "rnn_tanh", [False], [0.0, 0.0])
+    weight = torch.rand(1, 2, 16, 16)
+    packed = kernels.pack(weight, "rnn_tanh")
+    torch.ops.ostinato.recurrence(torch.rand(5, 3, 32), weight, packed, *inputs, False)
 """
 
 
@@ -37,7 +56,8 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     flags = [*build["ALL"], *(build["X86"] | build["PORTABLE"])[isa], f"-DNAME={isa}"]
     library = tmp_path / "sanitized.so"
     flags += ["-O1", "-g1", "-fsanitize=address", "-fPIC", "-shared"]
-    subprocess.run([compiler, *flags, PROJECT / "kernels/cpu.cpp", "-o", library], check=True)
+    sources = [PROJECT / "kernels/cpu.cpp", PROJECT / "kernels/log_mel.cpp"]
+    subprocess.run([compiler, *flags, *sources, "-o", library], check=True)
     # Python keeps memory to its end, which is no leak; looking up the names of functions takes minutes.
     done = subprocess.run(
         [sys.executable, "-c", CODE, library],

@@ -1,9 +1,11 @@
 """The fast path agrees with the definition, is a well-formed operator, and depends on nothing that it should not."""
 
 import ctypes
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,9 +151,11 @@ def test_the_operators_are_well_formed(cell: str, structure: str) -> None:
         torch.library.opcheck(torch.ops.ostinato.pack, (own[1].detach(), cell, False))
 
 
-@pytest.mark.parametrize("cell", ["rnn_relu", "lstm"])
-def test_compiled_whole_it_computes_the_same(cell: str) -> None:
-    own, options = small(cell, "block", torch.float32)
+@pytest.mark.parametrize(
+    ("cell", "structure"), [("rnn_relu", "block"), ("lstm", "block"), ("gru", "block"), ("rnn_tanh", "diagonal")]
+)
+def test_compiled_whole_it_computes_the_same(cell: str, structure: str) -> None:
+    own, options = small(cell, structure, torch.float32)
     present = [x for x in own if x is not None]
 
     def function() -> list[Tensor]:
@@ -229,6 +233,25 @@ def test_never_more_threads_than_processors() -> None:
     assert on_threads(64, cpu._num_threads) <= cpu.most_threads()
 
 
+@pytest.mark.parametrize(
+    ("own", "files", "allowed"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": "max 100000"}, 1.5),
+        ("0::/a/b", {"a/b/cpu.max": "50000 100000", "a/cpu.max": "150000 100000"}, 0.5),
+        ("0::/host/only", {"cpu.max": "300000 100000"}, 3.0),
+        ("4:cpuacct,cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, math.inf),
+        ("4:cpuacct,cpu:/a", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0),
+        ("3:cpuset:/", {"cpu/cpu.cfs_quota_us": "x", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    ],
+)
+def test_the_tightest_quota_holds(tmp_path: Path, own: str, files: dict[str, str], allowed: float) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(f"{own}\n")
+    assert cpu.quota(tmp_path, tmp_path / "own") == allowed
+
+
 def test_an_unwritten_output_would_show() -> None:
     """New memory is filled with NaN, in the workspace too: it was used for something else before."""
     torch.use_deterministic_algorithms(True)
@@ -261,8 +284,13 @@ def test_autocast_leaves_the_state_in_float32() -> None:
     case = cases.Case("lstm", 5, 3, 2, 16)
     inputs = case.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, _, _ = kernels.recurrence(inputs["u"].bfloat16(), inputs["weight"].float(), cell="lstm")
+        u, weight = inputs["u"].bfloat16(), inputs["weight"].float()
+        y, _, _ = kernels.recurrence(u, weight, cell="lstm")
+        half = torch.full((3, 32), 0.5, dtype=torch.float64)  # in no type that the kernel reads
+        of_double, _, _ = kernels.recurrence(u, weight, half, half, cell="lstm", mask=half)
+        of_float, _, _ = kernels.recurrence(u, weight, half.float(), half.float(), cell="lstm", mask=half.float())
     assert y.dtype == torch.float32
+    assert torch.equal(of_double, of_float)
 
 
 def test_a_gradient_that_was_not_prepared_is_refused() -> None:
@@ -277,6 +305,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"weight": torch.zeros(1, 2, 4, 3)}, "blocks 4 x 3, wanted square"),
     ({"weight": torch.zeros(3, 2, 4, 4)}, "for 3 gates, wanted 1 for the cell rnn_tanh"),
     ({"weight": torch.zeros(1, 2, 4)}, r"weight is of shape \(1, 2, 4\)"),
+    ({"weight": torch.zeros(1, 2, 0, 0), "u": torch.zeros(3, 2, 0)}, r"\(1, 2, 0, 0\), wanted one unit or more"),
+    ({"weight": torch.zeros(1, 0), "u": torch.zeros(3, 2, 0)}, r"weight is of shape \(1, 0\), wanted one unit"),
+    ({"u": torch.zeros(3, 2, 8, dtype=torch.int32)}, "u is of torch.int32, wanted floating point"),
+    ({"weight": torch.zeros(1, 2, 4, 4, dtype=torch.complex64)}, "weight is of torch.complex64, wanted torch.float32"),
+    ({"mask": torch.ones(2, 8, requires_grad=True)}, "mask is one that requires a gradient, wanted a constant"),
     ({"lengths": torch.ones(3, dtype=torch.int64)}, r"lengths is of shape \(3,\), wanted \(2,\)"),
     ({"lengths": torch.tensor([4, 1])}, "lengths is from 1 to 4, wanted from 0 to the 3 frames"),
     ({"lengths": torch.ones(2)}, "lengths is of torch.float32, wanted torch.int64"),
@@ -295,6 +328,28 @@ def test_a_wrong_argument_is_named(changed: dict[str, Any], wanted: str) -> None
     right: dict[str, Any] = {"u": torch.zeros(3, 2, 8), "weight": torch.zeros(1, 2, 4, 4), "cell": "rnn_tanh"}
     kernels.recurrence(**right)
     with pytest.raises(ValueError, match=wanted):
+        kernels.recurrence(**(right | changed))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (4, 1, 300, 1), (4, 1, 0, 0)], ids=["gates", "not square", "empty"])
+def test_weights_that_fit_no_kernel_are_not_packed(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"weight is (for 1 gates|of blocks 300 x 1|of shape \(4, 1, 0, 0\)), wanted"):
+        kernels.pack(torch.ones(shape), "lstm")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lengths": torch.ones(2, dtype=torch.int32)},
+        {"keys": torch.ones(2, dtype=torch.int32), "zoneout": 0.5},
+        {"mask": torch.ones(2, 8, dtype=torch.bool)},
+        {"u": torch.zeros(3, 2, 8, dtype=torch.int64)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_autocast_refuses_what_it_cannot_convert(changed: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"u": torch.zeros(3, 2, 8), "weight": torch.zeros(1, 2, 4, 4), "cell": "rnn_tanh"}
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"wanted (torch.int64|floating)"):
         kernels.recurrence(**(right | changed))
 
 

@@ -124,7 +124,10 @@ def find_shards(path: Path) -> list[Path]:
             f"{show(path)}: is the local copy of {url}, where not all is; look at the shards where they lie"
         )
     found = sorted(
-        p for p in path.rglob("*.tar") if not any(part.startswith(".") for part in p.relative_to(path).parts)
+        p
+        for p in path.rglob("*.tar")
+        if (p.is_file() or p.is_symlink())  # a link that leads nowhere is a shard that is missing
+        and not any(part.startswith(".") for part in p.relative_to(path).parts)
     )
     if not found:
         raise UserError(f"{show(path)}: holds no shards (*.tar); compressed ones must be unpacked first")

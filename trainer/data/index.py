@@ -261,7 +261,8 @@ def _read_index(shard: Path) -> tuple[list[str], dict[str, NDArray[np.uint32]]]:
     """Keys and numbers of one shard."""
     path = index_path(shard)
     try:
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:  # not `splitlines`, for which some signs in a key end the line
+            head, *lines = file
         header = json.loads(head)
         rows = json.loads(f"[{','.join(lines)}]")
         if header["format"] != FORMAT:

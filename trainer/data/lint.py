@@ -1,5 +1,6 @@
 """What is wrong with shards from elsewhere, and what is in them."""
 
+import itertools
 import json
 import statistics
 from collections import Counter, defaultdict
@@ -148,7 +149,8 @@ def units(text: str, rules: TextConfig) -> Sequence[str]:
 def _against_index(index: Path, examined: Examined) -> list[Problem]:
     """What an index says that is not so."""
     try:
-        head, *rows = (json.loads(line) for line in index.read_text(encoding="utf-8").splitlines())
+        with index.open(encoding="utf-8") as lines:
+            head, *rows = map(json.loads, lines)
         entries = [Entry(**row) for row in rows]
         if len(entries) != head["samples"]:
             return [Problem("index", f"{index.name}: ends after {len(entries)} of {head['samples']} samples")]
@@ -222,4 +224,5 @@ def _listed(examined: Examined) -> set[int] | None:
     index = index_path(examined.shard)
     if not examined.shard.is_symlink() or not index.is_file():
         return None
-    return {json.loads(line)["audio_offset"] for line in index.read_text(encoding="utf-8").splitlines()[1:]}
+    with index.open(encoding="utf-8") as lines:
+        return {json.loads(line)["audio_offset"] for line in itertools.islice(lines, 1, None)}

@@ -212,11 +212,19 @@ class EpochSteps(Steps):
         planned: `rows` and `speed` (a number each sample, in order), `batch_end` and `batch_cost` (each micro-batch),
             `step_end`, `tokens` and `seconds` (each step).
         speeds: by number.
+        config: by which they were planned.
         numbers: which of the steps; None: all.
     """
 
-    def __init__(self, epoch: int, planned: Columns, speeds: tuple[float, ...], numbers: range | None = None) -> None:
-        self._epoch, self.planned, self._speeds = epoch, planned, speeds
+    def __init__(
+        self,
+        epoch: int,
+        planned: Columns,
+        speeds: tuple[float, ...],
+        config: BucketedConfig,
+        numbers: range | None = None,
+    ) -> None:
+        self._epoch, self.planned, self._speeds, self._config = epoch, planned, speeds, config
         self._numbers = range(len(planned["step_end"])) if numbers is None else numbers
 
     def __len__(self) -> int:
@@ -228,7 +236,7 @@ class EpochSteps(Steps):
     def __getitem__(self, place: slice) -> "EpochSteps": ...
     def __getitem__(self, place: int | slice) -> "Step | EpochSteps":
         if isinstance(place, slice):
-            return EpochSteps(self._epoch, self.planned, self._speeds, self._numbers[place])
+            return EpochSteps(self._epoch, self.planned, self._speeds, self._config, self._numbers[place])
         return self._step(self._numbers[place])
 
     def __iter__(self) -> Iterator[Step]:
@@ -283,14 +291,16 @@ class EpochSteps(Steps):
         return end - first
 
     def worst(self) -> list[MicroBatch]:
-        """See `Steps`."""
+        """See `Steps`; and that which takes the most of the budget, where that grows with the square of the length."""
         p, (first, end) = self.planned, self._batches()
         if first == end:
             return []
         cost = p["batch_cost"][first:end]
         samples = np.diff(p["batch_end"][first:end].astype(np.int64), prepend=_span(p["batch_end"], first)[0])
+        longest = cost / samples
+        sizes = (cost, longest, samples, self._config.effective(longest) * samples)
         found = []
-        for place in dict.fromkeys(first + int(np.argmax(size)) for size in (cost, cost / samples, samples)):
+        for place in dict.fromkeys(first + int(np.argmax(size)) for size in sizes):
             step = int(np.searchsorted(p["step_end"], place, side="right"))
             found.append(self._micro_batch(step, place - _span(p["step_end"], step)[0], place))
         return found
@@ -366,7 +376,7 @@ class BucketedPlan:
         name = [self.seed, epoch, hashlib.blake2b(out.data, digest_size=16).hexdigest()]
         if self._latest is None or self._latest[0] != name:
             self._latest = (name, self._kept("plan", name, lambda: self._plan(epoch, out)))
-        return EpochSteps(epoch, self._latest[1], self.lengths.speeds)
+        return EpochSteps(epoch, self._latest[1], self.lengths.speeds, self.config)
 
     def _kept(self, kind: str, name: list[Any], build: Callable[[], dict[str, NDArray[Any]]]) -> Columns:
         """Columns that other processes of this host may have computed already."""

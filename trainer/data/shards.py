@@ -1,5 +1,6 @@
 """Indexes for shards from elsewhere, and the `corpus.json` with which they are trained on like those of `prepare`."""
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -177,12 +178,13 @@ def rate_of(shards: list[Path], config: SpeechDataConfig, any_rate: bool) -> int
     if not any_rate or config.features.kind != "log_mel":
         return config.rate_hz
     for shard in shards:
-        with shard.open("rb") as file:
+        with (
+            contextlib.suppress(OSError),
+            shard.open("rb") as file,
+        ):  # told when all are examined
             for pair in read_contents(shard).pairs:
-                try:
+                with contextlib.suppress(AudioError):
                     return read_sound(read_member(file, pair.audio.offset, pair.audio.size), decode=False)[2]
-                except AudioError:
-                    continue
     return config.rate_hz
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:  # a verb that only explains itself starts at once
@@ -31,6 +32,27 @@ def take(overrides: list[str], name: str) -> tuple[str | None, list[str]]:
     """Take an argument `name=value` that is not a key of the configuration out of the overrides."""
     found = [o.partition("=")[2] for o in overrides if o.startswith(f"{name}=")]
     return (found[-1] if found else None), [o for o in overrides if not o.startswith(f"{name}=")]
+
+
+def refuse_unwritable(arguments: argparse.Namespace, *names: str) -> None:
+    """See to it, before long work begins, that the files of these options can be written.
+
+    Raises:
+        UserError: one cannot.
+    """
+    from trainer.errors import UserError
+
+    for name in names:
+        path: Path | None = getattr(arguments, name, None)
+        if path is None:
+            continue
+        new = not path.exists()
+        try:
+            path.open("ab").close()
+            if new:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--{name} {path}: cannot be written: {error.strerror}; name another file") from error
 
 
 def find_run(name: str) -> "RunDirectory":

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.verbs import add_overrides
+from trainer.verbs import add_overrides, refuse_unwritable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
     for name in ("repetitions", "steps", "seconds", "hours", "per_shard", "world_size", "gib"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: wanted more than 0")
+    refuse_unwritable(arguments, "json", "picture")
     others = {
         "kernels": _kernels,
         "orthogonal": _orthogonal,
@@ -374,6 +375,8 @@ def _batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def show(trial: batch_size.Trial) -> None:
         verdict = f"{trial.peak_bytes / 2**30:.2f} GiB, {trial.worst}" if trial.fits else "does not fit"
+        if trial.timed_out:
+            verdict = f"not done within {batch_size.START_SECONDS:g} s, given up"
         speed = f"; {3600 * trial.hours_per_second:.0f} x real time" if trial.fits else ""
         console.print(f"{trial.budget_seconds:8.1f} s: {verdict}{speed}", highlight=False)
 

@@ -14,6 +14,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.verbs import refuse_unwritable
+
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    refuse_unwritable(arguments, "json", "picture", "page")
     recipe, any_rate = _recipe(arguments.settings)
     return {"index": _index, "lint": _lint, "stats": _stats, "preview": _preview}[arguments.what](
         arguments, recipe, any_rate

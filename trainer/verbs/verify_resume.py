@@ -46,6 +46,10 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--processes {arguments.processes}: wanted numbers from 1 to {MOST_PROCESSES} and commas, as in 1,2"
         )
+    if arguments.kills < 0:
+        raise UserError(f"--kills {arguments.kills}: wanted 0 or more")
+    if not 0 <= arguments.tolerance < float("inf"):
+        raise UserError(f"--tolerance {arguments.tolerance}: wanted a number from 0 on")
     config = load(arguments.config, arguments.overrides).config
     folder = config.runs_dir / f"verify-resume-{config.name}"
     if folder.exists():

@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import json
+import math
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +129,7 @@ class Reading:
             cure = "write it again or remove the line"
             self.problems.append(f"{named}: text = {text[:60]!r}: holds {bad!r}, no character of a text; {cure}")
         start, end = utterance.start_seconds, utterance.end_seconds
-        if not 0 <= start < (float("inf") if end is None else end):
+        if not 0 <= start < (math.inf if end is None else end) or (end is not None and not math.isfinite(end)):
             self.problems.append(f"{named}: lasts from {start} to {end} s; mend the times or remove the line")
         if len(self.problems) > before:
             return
@@ -190,9 +192,15 @@ def read_text(path: Path, cure: str) -> list[str]:
     if not is_file(path):
         raise UserError(f"{show(path)}: there is no such file; {cure}")
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open(encoding="utf-8-sig") as lines:  # not `splitlines`, for which some signs in a line end it
+            return [line.removesuffix("\n") for line in lines]
     except UnicodeDecodeError as error:
-        raise UserError(f"{show(path)}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        raise UserError(not_utf8(path, error)) from error
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """What a user is told of such a file."""
+    return f"{show(path)}: is not UTF-8 text ({error.reason}); save it as UTF-8"
 
 
 def json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -202,8 +210,7 @@ def json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str,
         problems: what is wrong with the other lines is added to it.
 
     Raises:
-        UserError: the packed file is damaged.
-        UnicodeDecodeError: it is not UTF-8.
+        UserError: the file is not UTF-8, or a packed one is damaged.
     """
     packed = path.suffix.lower() == ".gz"
     with gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig") as lines:
@@ -221,8 +228,10 @@ def json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str,
                     yield number, fields
                 else:
                     problems.append(f"{where}: {text.strip()[:60]!r}: is not an object; write {{...}} on each line")
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{show(path)}: cannot be unpacked ({error}); fetch or write it again") from error
+        except UnicodeDecodeError as error:
+            raise UserError(not_utf8(path, error)) from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from trainer.data.corpora.base import (
     Utterance,
     json_lines,
     make_key,
+    not_utf8,
 )
 from trainer.data.text import not_text
 from trainer.errors import UserError
@@ -58,19 +59,16 @@ class ManifestConfig(SplitFiles):
         found: dict[str, Utterance] = {}
         problems: list[str] = []
         for split, file in given:
-            try:
-                for line, fields in _rows(file, problems):
-                    utterance = self._utterance(file, split, line, fields, problems)
-                    if utterance is None:
-                        continue
-                    first = found.setdefault(utterance.key, utterance)
-                    if first is not utterance:
-                        problems.append(
-                            f"{utterance.where}: key = {utterance.key!r}: is that of {first.where} too; "
-                            "give each line its own `key`, or remove one"
-                        )
-            except UnicodeDecodeError as error:
-                raise UserError(f"{show(file)}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+            for line, fields in _rows(file, problems):
+                utterance = self._utterance(file, split, line, fields, problems)
+                if utterance is None:
+                    continue
+                first = found.setdefault(utterance.key, utterance)
+                if first is not utterance:
+                    problems.append(
+                        f"{utterance.where}: key = {utterance.key!r}: is that of {first.where} too; "
+                        "give each line its own `key`, or remove one"
+                    )
         if problems:
             raise BadLinesError(problems, list(found.values()))
         if not found:
@@ -133,6 +131,8 @@ def _table_rows(file: Path, delimiter: str, problems: list[str]) -> Iterator[tup
                 f"{show(file)} line {first}: cannot be read as a row ({error}), nor can what follows; is a quote "
                 "open that should be closed? One that is meant is written twice"
             )
+        except UnicodeDecodeError as error:
+            raise UserError(not_utf8(file, error)) from error
 
 
 def _utterance(file: Path, line: int, fields: dict[str, Any], problems: list[str]) -> Utterance | None:

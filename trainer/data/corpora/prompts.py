@@ -6,6 +6,7 @@ Debian ships the recordings as `asterisk-core-sounds-en-wav` and the transcripts
 
 import gzip
 import re
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +94,7 @@ def read_prompts(sounds: Path, texts: Path) -> list[Utterance]:
     reading = Reading()
     try:
         lines = gzip.decompress(texts.read_bytes()).decode("utf-8").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{show(texts)}: cannot be read ({error}); unpack {TEXTS.name} again") from error
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith(";"):
