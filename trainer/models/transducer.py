@@ -6,7 +6,7 @@ Source: Graves 2012, arXiv:1211.3711; the joining layer as in Graves, Mohamed & 
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from trainer.config import Config
@@ -33,6 +33,15 @@ class TransducerConfig(Config):
     """Weight of the encoder's own CTC loss, the transducer's having the rest."""
     most_labels: PositiveInt = 4
     """That decoding may find in a frame."""
+
+    @model_validator(mode="after")
+    def _one_ctc_loss(self) -> "TransducerConfig":
+        if self.encoder.intermediate_ctc:
+            raise ValueError(
+                f"encoder.intermediate_ctc = {self.encoder.intermediate_ctc}: a transducer trains the encoder's last "
+                "layer by CTC (ctc), not its middle one; leave it out"
+            )
+        return self
 
 
 class Transducer(nn.Module):
