@@ -3,7 +3,8 @@
 Source: Graves et al. 2006 (CTC); the shape of the model follows Amodei et al. 2016 (Deep Speech 2), arXiv:1512.02595.
 """
 
-from dataclasses import asdict
+import logging
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 
 from trainer.config import Free
 from trainer.data import columns
+from trainer.data.audio import AudioError
 from trainer.data.augment import SpecAugment
-from trainer.data.dataset import Batch
+from trainer.data.dataset import Batch, Dataset, Media
 from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared, vocabulary
-from trainer.data.text import BLANK, PhonesConfig, Tokens
+from trainer.data.text import BLANK, PhonesConfig, Tokens, UnknownCharacterError
 from trainer.decoding import Decoder, DecoderConfig, GreedyConfig
 from trainer.decoding.alignment import words
 from trainer.decoding.language_models import Source
@@ -28,6 +30,8 @@ from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
 from trainer.recogniser import Recogniser
+
+log = logging.getLogger(__name__)
 
 
 class SpeechRunConfig(RunConfig):
@@ -73,10 +77,22 @@ class Speech(Recipe[SpeechRunConfig]):
         decoder = None if self.config.decoder.kind == "greedy" else self._build_decoder(tokens)
         return Recogniser(model, tokens, data.sample_rate_hz, decoder)
 
+    @torch.inference_mode()
+    def media(self, model: nn.Module, dataset: Dataset, key: str) -> Media:
+        assert isinstance(dataset, SpeechDataset)
+        sound = dataset.clip(key).to(next(model.parameters()).device)
+        log_probs, _, _ = model(sound[None], torch.tensor([len(sound)], device=sound.device))
+        return replace(dataset.media(key), outputs=log_probs[0].exp().T.cpu().numpy(), classes=tuple(self.tokens.names))
+
     def utterances(self, split: Split, count: int) -> list[tuple[Tensor, str]]:
         dataset = self.build_dataset(split)
-        rows = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-        return [(torch.from_numpy(dataset.waveform(row)), dataset.text(row)) for row in rows]
+        found = []
+        for row in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
+            try:
+                found.append((torch.from_numpy(dataset.waveform(row)), dataset.text(row)))
+            except (AudioError, UnknownCharacterError) as error:
+                log.warning("%s (%s) is left out: %s", dataset.index.keys[row], split, error)
+        return found
 
     def inputs(self) -> Inputs:
         features = self.config.data.features

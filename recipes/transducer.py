@@ -96,7 +96,10 @@ class TransducerRecipe(Recipe[TransducerRunConfig]):
             add(output.metrics, errors.metrics("cer"))
             add(output.metrics, edits(reference.split(), text.split()).metrics("wer"))
             columns = {"reference": reference, "hypothesis": text}
-            output.rows.append(Row(batch["keys"][b], errors.total, errors.length, columns))
+            facts = {"seconds": round(float(batch["seconds"][b]), 3)}
+            if (speaker := batch["speakers"][b]) is not None:
+                facts["speaker"] = speaker
+            output.rows.append(Row(batch["keys"][b], errors.total, errors.length, columns, facts=facts))
 
 
 recipe = TransducerRecipe

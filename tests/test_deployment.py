@@ -58,6 +58,14 @@ def test_the_table_tells_of_every_form(tmp_path) -> None:
         assert row.milliseconds > 0
 
 
+@pytest.mark.parametrize("rate", [16000, 22050, 11025])
+def test_a_chunk_is_of_whole_output_frames_at_any_rate(rate: int) -> None:
+    config = AcousticConfig(rnn=RNNConfig(hidden_size=4, num_layers=1, directions="forward"))
+    model = AcousticModel(config, FeaturesConfig(num_bands=20).build(rate), len(LETTERS) + 1)
+    made = Recogniser(model, Characters(LETTERS), rate)
+    assert [deployment.chunk_frames(made, ms) for ms in (1, 80, 170)] == [4, 8, 16]
+
+
 def test_a_form_that_differs_is_not_told_of(tmp_path, monkeypatch) -> None:
     calls = itertools.count()
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests import test_language_model as language
 from tests.helpers import TINY, fit, overrides, run_ranks, spoil
 from trainer import recipe
 from trainer.__main__ import main
+from trainer.__main__ import run as started
 from trainer.config import PROJECT
 from trainer.evaluation import read_evaluation
 from trainer.run import read_lines
@@ -47,6 +49,18 @@ def test_another_model_or_alphabet_is_a_mistake(run: Path, tmp_path: Path) -> No
         run_ranks(1, evaluated, run, f"data.path={tmp_path / 'other'}")
     with pytest.raises(RuntimeError, match=r"model.rnn.hidden_size = 8: the run was trained with 16"):
         run_ranks(1, evaluated, run, "model.rnn.hidden_size=8")
+    with pytest.raises(RuntimeError, match=r"alphabet: saved ' abcdefgh', now ' hgfedcba'"):
+        run_ranks(1, tuned, run, f"data.path={tmp_path / 'other'}")
+
+
+def tuned(ranks: Any, run: Path, *arguments: str) -> None:
+    started("tune", [str(run), "decoder.language_model=null", *arguments])
+
+
+def test_no_decoder_is_recorded_where_nothing_can_be_scored(run: Path) -> None:
+    with pytest.raises(RuntimeError, match="no words of the split valid can be scored"):
+        run_ranks(1, tuned, run, "plan.max_seconds=0.1")
+    assert not (run / "decoder.yaml").exists()
 
 
 def test_what_was_not_scored_is_told(run: Path, corpus: Path, tmp_path: Path) -> None:
@@ -67,6 +81,20 @@ def test_what_was_not_scored_is_told(run: Path, corpus: Path, tmp_path: Path) ->
     spoil(data / "test", 7)  # mends the first
     with pytest.raises(RuntimeError, match="6 bad samples of 7, more than max_bad_share"):
         run_ranks(1, evaluated, run, f"data.path={data}")
+
+
+def test_a_run_of_a_language_model_searches_and_rescores(run: Path, tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("ab cd\nef gh\n" * 60)
+    corpus = ", ".join(f"{split}: {tmp_path / split}.txt" for split in ("train", "valid", "test"))
+    more = [f"data.path={tmp_path / 'made'}", f"data.corpus={{kind: files, {corpus}}}", f"runs_dir={tmp_path}"]
+    recipe.load(language.CONFIG, more).prepare()
+    run_ranks(1, fit, [*language.SIZES, *more, "name=lm", "max_steps=1"], language.CONFIG)
+    lm = f"run: {tmp_path / 'lm'}"
+    asked = ("decoder.kind=beam", "decoder.beam_size=3", f"decoder.language_model={{kind: run, {lm}}}")
+    ((result, told),) = run_ranks(1, evaluated, run, *asked, f"decoder.rescore={{{lm}, candidates: 3}}")
+    assert result["scored"] == 7
+    assert "CER " in told
 
 
 def commands() -> list[list[str]]:
@@ -100,4 +128,5 @@ def test_the_commands_of_the_document_and_what_they_leave(run: Path, corpus: Pat
         assert all(0 <= word["start"] < word["end"] <= row["facts"]["seconds"] + 0.1 for word in words)
     page = (tmp_path / "runs/speech-tones/evaluation/test.html").read_text(encoding="utf-8")
     assert "<audio" in page
+    assert 'class="image outputs"' in page
     assert "<script" not in page

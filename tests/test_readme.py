@@ -125,6 +125,23 @@ def test_links_of_the_documents_lead_somewhere() -> None:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def test_every_command_of_the_documents_names_what_is_there() -> None:
+    """Whatever takes a configuration loads it with the settings of the line; results.md tells of the past."""
+    from trainer import recipe
+
+    seen = set()
+    for path in [PROJECT / "README.md", *(PROJECT / "docs").rglob("*.md")]:
+        text = "" if path.name == "results.md" else path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for verb, config, rest in re.findall(r"launch\.sh (prepare|train|plan|bench \w+) (\w+/\w+)([^`\n#|]*)", text):
+            given = [word for word in shlex.split(rest) if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+            given = [word for word in given if word.partition("=")[0] not in ("nproc", "world_size", "utterances")]
+            if config != "speech/mine":  # the reader's
+                recipe.load(config, given)
+                seen.add((verb, config))
+    assert {("train", "transducer/read_ru"), ("plan", "speech/read_ru_block")} <= seen
+    assert ("bench memory", "speech/read_ru_deep") in seen
+
+
 def test_every_corpus_is_in_the_table_and_its_command_loads() -> None:
     import typing
 

@@ -1,7 +1,9 @@
 """A recogniser hears the same however sound comes: at once, in pieces, by a pipe, at another rate, in long files."""
 
+import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,13 +14,13 @@ import torch
 import torchaudio
 
 import trainer
-from tests.helpers import overrides
+from tests.helpers import overrides, spoil
 from trainer import config as configuration
 from trainer import recipe, recogniser, sounds
 from trainer.__main__ import main, run
 from trainer.data.audio import FeaturesConfig
 from trainer.data.text import Characters, label_of_space
-from trainer.decoding import greedy
+from trainer.decoding import alignment, greedy
 from trainer.decoding.ngram import estimate
 from trainer.engine import initialise
 from trainer.errors import UserError
@@ -99,6 +101,34 @@ def test_a_decoder_has_the_last_word_at_each_pause() -> None:
     assert heard.first_frame == 0
 
 
+def test_words_have_their_times_in_the_whole_recording() -> None:
+    made, wave = build(), sound(5)
+    made.tokens = Characters("abcd efgh")  # what it says most often is a space
+    stream = made.stream(timed=True)
+    for part in np.array_split(wave, 40):
+        stream.push(part)
+    text, log_probs = stream.finish(), made.log_probs(wave)
+    labels = made.tokens.encode(text)
+    assert stream.words == made.words(wave) == alignment.words(log_probs, labels, made.tokens, made.frame_seconds)
+    assert [word.word for word in stream.words] == text.split()
+    assert len(stream.words) > 3
+    assert made.stream().words == []
+
+
+@pytest.mark.parametrize("decoder", [None, greedy])
+def test_words_have_their_times_where_the_text_is_decoded_in_parts(decoder) -> None:
+    letters = Characters(LETTERS)
+    heard = Hypothesis(decoder, 0.04, label_of_space(letters), timed=True)
+    for part in ("ab.c", "." * 25, "d.d", ".", " e"):
+        heard._longest = 3 if "a" in part else 999  # cut at the first dot, within a word; then a pause
+        path = [0 if c == "." else letters.encode(c)[0] for c in part]
+        heard.push((0.9 * torch.eye(len(letters))[path] + 0.01).log())
+    assert [word.word for word in heard.words(letters)] == ["abc"]  # the rest may still change
+    heard.finish()
+    found = [(w.word, round(w.start / 0.04), round(w.end / 0.04), w.confidence) for w in heard.words(letters)]
+    assert found == [("abc", 0, 4, 0.91), ("dd", 29, 32, 0.91), ("e", 34, 35, 0.91)]
+
+
 @pytest.mark.parametrize("pause", [True, False])
 @pytest.mark.parametrize("parts", [("ab", "cd"), ("ab ", "cd"), ("ab", " cd"), (" ab ", " ", " cd ")])
 def test_words_stay_apart_where_the_text_is_decoded_in_parts(parts, pause: bool, monkeypatch) -> None:
@@ -144,7 +174,8 @@ def exported(tmp_path, corpus):
     torch.save(model.state_dict(), folder / "weights.pt")
     plain = configuration.plain(recipe.load("speech/tones", [*overrides(corpus, tmp_path), *more]).config)
     (folder / "config.yaml").write_text(configuration.dump_yaml(plain))
-    (folder / "export.json").write_text(json.dumps({"labels": {"alphabet": made.tokens.identity}}))
+    digest = hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()
+    (folder / "export.json").write_text(json.dumps({"labels": {"alphabet": made.tokens.identity}, "sha256": digest}))
     return folder
 
 
@@ -159,6 +190,14 @@ def test_files_and_pipes_say_the_same_without_the_corpus(exported, tmp_path, cap
     told = capsys.readouterr()
     assert told.out.splitlines() == [f"{name}: {want}" for name in names]
     assert "real-time factor" in told.err
+    assert main(["transcribe", str(exported), names[0], "--final", "--words"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{names[0]}: {want}"
+    words = trainer.load(exported).words(names[0])
+    assert [line.split() for line in lines] == [
+        [f"{w.start:.2f}", f"{w.end:.2f}", f"{w.confidence:.2f}", w.word] for w in words
+    ]
+    assert len(words) == len(want.split()) > 0
     assert main(["transcribe", str(exported), str(tmp_path / "high.wav"), "--chunk-ms", "200"]) == 0
     assert " s behind " in capsys.readouterr().out
     raw = (wave * 32768).round().clip(-32768, 32767).astype("<i2").tobytes()
@@ -185,20 +224,61 @@ def test_a_beam_search_needs_no_corpus_where_its_ngram_is_a_file(exported, tmp_p
 def test_what_cannot_be_heard_is_the_users_to_mend(exported, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "text.wav").write_text("no sound")
     monkeypatch.setitem(sys.modules, "sounddevice", None)
+    wave = sound(0.5)
+    wave[7000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", wave, 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match="no finite numbers"):
+        build().transcribe(wave)
     for arguments, told in (
         ([str(tmp_path / "text.wav")], "is no sound"),
         ([str(tmp_path / "absent.wav")], "there is no such file"),
         (["microphone"], "pip install 'ostinato\\[microphone\\]'"),
+        ([str(tmp_path / "nan.wav")], r"nan\.wav: holds samples that are no finite numbers"),
         (["x.wav", "--chunk-ms", "0"], "--chunk-ms"),
+        (["x.wav", "--chunk-ms", "nan"], "--chunk-ms nan: wanted more than 0"),
+        (["x.wav", "model.rnn.num_layers=1"], r"model\.rnn\.num_layers = 1: the run was trained with 2"),
+        (["x.wav", "data.features.hop_ms=20"], r"data\.features\.hop_ms = 20\.0: the run was trained with 10\.0"),
+        (["x.wav", "data.sample_rate_hz=8000"], r"data\.sample_rate_hz = 8000: the run was trained with 16000"),
         (["x.wav", "datta.path=x"], "datta: unknown key; did you mean data"),
     ):
         with pytest.raises(UserError, match=told):
             run("transcribe", [str(exported), *arguments])
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="is not a run directory"):
+            trainer.load(name)
     with pytest.raises(UserError, match=r"model\.rnn\.directions = sum"):
         build("sum").stream()
     text = (exported / "config.yaml").read_text().replace("recipe: speech", "recipe: copying")
     (exported / "config.yaml").write_text(text)
     assert main(["transcribe", str(exported), "x.wav"]) == 2
+
+
+@pytest.mark.parametrize("start", [b"fLaC", b"OggS", b"ID3", b"RF64"], ids=bytes.decode)
+def test_files_that_are_no_samples_are_not_heard_as_noise(start: bytes) -> None:
+    pipe = io.BufferedReader(io.BytesIO(start + bytes(2000)))
+    with pytest.raises(UserError, match=r"standard input: is .*, not samples"):
+        list(sounds.of_stream(pipe, 16000, 0.1, None))
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None], ids=str)
+def test_weights_that_are_not_those_of_the_export_are_refused(exported, content: bytes | None) -> None:
+    path = exported / "weights.pt"
+    if content is None:  # others, whole
+        weights = torch.load(path)
+        torch.save({name: 0 * value for name, value in weights.items()}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.pt, [\d,]+ bytes, has another SHA-256"):
+        trainer.load(exported)
+
+
+def test_a_damaged_clip_costs_only_itself_where_errors_are_counted(corpus, tmp_path, caplog) -> None:
+    data = shutil.copytree(corpus, tmp_path / "data")
+    task = recipe.load("speech/tones", overrides(data, tmp_path))
+    whole = task.utterances("test", 50)
+    (key,) = spoil(data / "test", 1)
+    assert [text for _, text in task.utterances("test", 50)] == [text for _, text in whole[1:]]
+    assert f"{key} (test) is left out" in caplog.text
 
 
 def test_standard_input_of_a_process(exported) -> None:

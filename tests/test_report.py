@@ -13,6 +13,7 @@ from trainer import page, recipe, report
 from trainer.__main__ import main
 from trainer.data.dataset import Media
 from trainer.evaluation import write_evaluation
+from trainer.plots import LEVELS, LINE, curves, seen
 from trainer.run import RunDirectory, append
 
 EVIL = "<script>alert(1)</script>"
@@ -184,12 +185,40 @@ def test_sound_falls_back_where_mp3_cannot_be_written(monkeypatch: pytest.Monkey
     assert page.sound(Media(None)) == ""
 
 
-def test_gradient_norms_of_layers_are_drawn() -> None:
-    from trainer.plots import curves
+def test_what_a_net_made_of_a_sound_is_drawn_under_it() -> None:
+    outputs = np.full((4, 10), 0.02)
+    outputs[[0, 2, 2, 0, 3], [0, 1, 2, 3, 4]] = 0.9
+    outputs[0, 5:] = 0.9
+    image = np.random.default_rng(0).random((20, 40))
+    pixels = seen(Media(image=image, outputs=outputs, classes=("<blank>", "a", "ж", "c")))
+    assert pixels.width > 10 * 12
+    column = (pixels.width - 120) + 12  # the first frame of the letter, behind the names
+    levels = np.asarray(pixels)[-3 * LINE :, column + 2 : column + 10]  # three labels come up
+    assert [levels[LINE * i + 3 : LINE * (i + 1) - 3].mean() > LEVELS / 2 for i in range(3)] == [False, True, False]
+    assert (np.asarray(pixels)[40 : 40 + LINE + 4, column : column + 24] == LEVELS).any(), "its name is written there"
+    assert seen(Media(image=image)).size == (40, 20)
 
+
+def test_hours_of_audio_stand_over_loss_and_error_rates() -> None:
+    train = [{"step": s, "loss": 1.0, "audio_hours": s / 10, "audio_hours_per_second": 1.0} for s in range(1, 41)]
+    rates = {f"cer{kind}": 0.1 for kind in ("", "_insertions", "_deletions", "_substitutions")}
+    figures = curves(train, [{"step": s, "loss": 0.5, **rates} for s in (20, 30, 40)], [])
+    for name, first in (("loss", "0.1"), ("error-rates", "1.9")):
+        below, top = figures[name].axes
+        assert top.get_xlabel() == "hours of audio"
+        assert top.get_xlim() == below.get_xlim()
+        labels = [t.get_text() for t in top.get_xticklabels()]
+        assert (labels[0], labels[-1]) == (first, "4")
+
+
+def test_gradient_norms_of_layers_are_drawn() -> None:
     rows = [
         {"step": s, "loss": 1.0, **{f"gradient/rnn.layers.{i}": 10.0**-i for i in range(12)}} for s in (5, 9, 14, 20)
     ]
     axes = curves([{"step": 1, "loss": 2.0}], rows, [])["gradient-norm-of-layers"].axes[0]
     assert [line.get_label() for line in axes.lines] == ["step 5", "step 14", "step 20"]
     assert list(axes.lines[0].get_ydata()) == [10.0**-i for i in range(12)]
+    rows[0] |= {"gradient/rnn.layers.3": 0.0, "gradient/rnn.layers.5": None}
+    line = curves([{"step": 1, "loss": 2.0}], rows, [])["gradient-norm-of-layers"].axes[0].lines[0]
+    assert list(line.get_xdata()) == list(range(1, 13))
+    assert np.isnan(line.get_ydata()).nonzero()[0].tolist() == [3, 5]

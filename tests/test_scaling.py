@@ -1,6 +1,7 @@
 """The model of communication: what it says of the cases in which the answer is known."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,17 @@ def test_memory_is_linear_in_the_batch_and_less_where_layers_are_computed_again(
     assert 2.6 < large / small < 3.4
     (again,) = measure([(12, 12)], again=True)
     assert again < 0.7 * large
+
+
+def test_the_verb_tells_memory_by_depth_and_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer import bench_memory
+
+    monkeypatch.setattr(bench_memory, "measure", partial(bench_memory.measure, shapes=[(2, 1)], ways=[True]))
+    assert main(["bench", "memory", "speech/read_ru_deep"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.rstrip(" │").endswith("yes")]
+    assert line.replace("│", " ").split()[:2] == ["2", "1"]
 
 
 def test_memory_is_measured_of_speech_alone() -> None:

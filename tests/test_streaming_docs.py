@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -17,7 +18,7 @@ TEXT = (PROJECT / "docs" / "streaming.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_a_streaming_model_from_training_to_export(tmp_path: Path) -> None:
+def test_a_streaming_model_from_training_to_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript", reason="installed by the extra `onnx`")
     soundfile.write(tmp_path / "hello.wav", sound(2.0), 16000, subtype="PCM_16")
     block = re.findall(r"```sh\n(.*?)```", TEXT, re.S)[0].splitlines()
@@ -42,6 +43,12 @@ def test_a_streaming_model_from_training_to_export(tmp_path: Path) -> None:
     assert "hello.wav: " in outputs[2]
     assert "real-time factor" in outputs[2]
     assert "ONNX, int8" in outputs[3]
+    (block,) = re.findall(r"```text\n(.*?)```", TEXT, re.S)
+    monkeypatch.chdir(tmp_path)
+    heard: list[str] = []
+    exec(block, {"chunks": np.array_split(sound(2.0), 9), "print": lambda *words: heard.append(words[0])})
+    assert len(heard) >= 11
+    assert outputs[2].count(f"hello.wav: {heard[0]}\n") == 1
     facts = json.loads((tmp_path / "runs/tones-streaming/export/export.json").read_text())
     assert [form["cer"] is None for form in facts["forms"]] == [False, True, False, False]
     for name in re.findall(r"`(\w+\.(?:pt2?|onnx|yaml|json))`", TEXT):

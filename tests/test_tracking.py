@@ -13,7 +13,7 @@ import wandb
 
 from trainer import tracking
 from trainer.data.dataset import Media
-from trainer.tracking import Tracker, TrackingConfig
+from trainer.tracking import Markup, Tracker, TrackingConfig
 
 ROW = {"step": 1, "epoch": 0, "loss": 1.0}
 
@@ -71,12 +71,15 @@ def test_each_run_of_a_process_stages_its_sound_in_its_own_folder(tmp_path: Path
     for name in ("first", "second"):
         tracker = track(tmp_path / name, "offline")
         tracker.train(dict(ROW), "")
-        tracker.table(1, 0, "valid/table", [({"key": "a"}, media)])
+        tracker.table(1, 0, "valid/table", [({"key": "a", "aligned": Markup("<b>b</b>")}, media)])
         tracker.finish()
         assert {k: v for k, v in os.environ.items() if k in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")} == {}
-        assert list((tmp_path / name / "wandb" / "data" / "artifacts" / "staging").iterdir()), name
+        staged = list((tmp_path / name / "wandb" / "data" / "artifacts" / "staging").iterdir())
+        assert {b"RIFF", b"\x89PNG", b"<b>b"} <= {path.read_bytes()[:4] for path in staged}, name
         assert list((tmp_path / name / "wandb" / "cache").rglob("*.log")), name
         assert list((tmp_path / name / "wandb").glob("offline-run-*"))
+        (table,) = (tmp_path / name / "wandb").rglob("*.table.json")
+        assert json.loads(table.read_text())["columns"] == ["key", "aligned", "audio", "image"]
     assert {k: v for k, v in os.environ.items() if k in before} == before
 
 

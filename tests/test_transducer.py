@@ -7,8 +7,10 @@ import torch
 from torchaudio.functional import rnnt_loss
 
 from tests.helpers import fit, run_ranks
+from trainer import recipe
 from trainer.data.audio import FeaturesConfig
 from trainer.engine import initialise
+from trainer.errors import UserError
 from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.models.encoders import Conv1dConfig, ConvLayerConfig
 from trainer.models.rnn import RNNConfig
@@ -89,6 +91,11 @@ def test_decoding_takes_the_likeliest_step_by_step() -> None:
     assert u == len(found)
 
 
+def test_a_head_that_nothing_trains_is_refused() -> None:
+    with pytest.raises(UserError, match=r"encoder\.intermediate_ctc = 0\.3: a transducer trains"):
+        recipe.load("transducer/tones", ["model.encoder.intermediate_ctc=0.3"])
+
+
 def test_it_trains(corpus, tmp_path) -> None:
     arguments = [
         f"data.path={corpus}", f"runs_dir={tmp_path}", "data.features.num_bands=20", "data.samples_per_shard=8",
@@ -97,3 +104,10 @@ def test_it_trains(corpus, tmp_path) -> None:
     ]  # fmt: skip
     (result,) = run_ranks(1, fit, arguments, "transducer/tones")
     assert {"transducer", "ctc", "cer", "wer", "loss"} <= result["values"].keys()
+    task = recipe.load("transducer/tones", arguments)
+    dataset, model = task.build_dataset("valid"), task.build_model().eval()
+    batch = dataset.load(dataset.plan.epoch(0, [])[0].micro_batches[0])
+    batch["speakers"] = ["anna", *[None] * (len(batch["keys"]) - 1)]
+    first, second = task.step(model, batch).rows[:2]
+    assert first.facts == {"seconds": pytest.approx(float(batch["seconds"][0]), abs=1e-3), "speaker": "anna"}
+    assert second.facts.keys() == {"seconds"}

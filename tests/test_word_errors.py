@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trainer.errors import UserError
 from trainer.metrics import Edits
 from trainer.significance import Paired, bootstrap, matched_pairs, segments
 from trainer.word_errors import assess, by_duration, by_speaker, confusions, has_texts, paired
@@ -50,6 +51,8 @@ def test_an_assessment_is_json_and_needs_texts() -> None:
     found = assess(ROWS, ["cer", "wer"], "speakers", 0)
     low, high = found["wer"]["interval"]
     assert low <= 6 / 12 <= high
+    with pytest.raises(UserError, match="there is one speaker alone"):
+        assess(ROWS[:2], ["wer"], "speakers", 0)
     assert has_texts(ROWS)
     assert not has_texts([])
     assert not has_texts([{"columns": {"label": "3"}}])

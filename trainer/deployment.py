@@ -73,6 +73,12 @@ class Runner:
         return torch.cat(found)
 
 
+def chunk_frames(recogniser: Recogniser, chunk_ms: float) -> int:
+    """Feature frames of a chunk: those of as many whole output frames as come nearest, one at least."""
+    stride = recogniser.hop // recogniser.features.hop
+    return stride * max(1, round(chunk_ms / 1000 / recogniser.frame_seconds))
+
+
 def names(step: FixedStep) -> tuple[list[str], list[str]]:
     """Of the inputs and outputs: samples, valid and the state; log_probs, present and the state again."""
     state = list(step.start())

@@ -28,6 +28,7 @@ from trainer.data.plan import MicroBatch, Step, mine
 from trainer.distributed import CARRIED, Ranks, Slice, Trained
 from trainer.errors import EXIT_OUR_FAULT, RequeueError, UserError
 from trainer.evaluation import Evaluator, left_out, to_device
+from trainer.examples import examples
 from trainer.models.block import recompute_blocks
 from trainer.models.normalization import update_statistics
 from trainer.models.recurrence import say_once
@@ -499,6 +500,7 @@ class Training:
             {
                 "step": where.step,
                 "epoch": epoch,
+                **({"audio_hours": where.audio_seconds / 3600} if where.audio_seconds else {}),
                 **values,
                 "best": self.plateau.best,
                 "seconds": time.perf_counter() - start,
@@ -506,13 +508,7 @@ class Training:
             self._of_layers() if self.ranks.first else {},
         )
         if self.ranks.first and self.config.validation.table_rows:
-            shown = sorted(evaluation.rows, key=lambda r: keyed.key("table", r.key))
-            cells: list[tuple[dict[str, str | float], Any]] = []
-            for r in shown[: self.config.validation.table_rows]:
-                try:
-                    cells.append(({"key": r.key, "error": r.rate, **r.columns}, self.validation.dataset.media(r.key)))
-                except Exception as error:  # a picture must not end a run, least of all on one rank alone
-                    log.warning("%s is missing in the table: %s", r.key, error)
+            cells = examples(self.validation, evaluation.rows, self.config.validation.table_rows)
             self.tracker.table(where.step, epoch, "valid/table", cells)
         if self.ranks.first and self.config.validation.samples:
             self._generate(epoch)

@@ -1,11 +1,11 @@
 """The worst cases of an evaluation as one page to listen to, with what the recogniser takes for what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer import page
-from trainer.data.dataset import Dataset
+from trainer.data.dataset import Media
 from trainer.page import LEGEND, table
 from trainer.word_errors import by_duration, by_speaker, confusions
 
@@ -15,12 +15,12 @@ LINES = 20
 """Of each table."""
 
 
-def write_gallery(path: Path, title: str, rows: Sequence[dict[str, Any]], dataset: Dataset) -> None:
+def write_gallery(path: Path, title: str, rows: Sequence[dict[str, Any]], get: Callable[[str], Media]) -> None:
     """Write the page, which needs nothing else.
 
     Args:
         rows: of an evaluation of texts, the worst first.
-        dataset: where the sound comes from; a sample that it cannot give costs only its own sound.
+        get: gives sound and pictures of a key; one that it cannot give costs only its own sound.
     """
     rate = "per" if rows and rows[0].get("aligned_by") == "word" else "wer"
     name = rate.upper()
@@ -33,12 +33,13 @@ def write_gallery(path: Path, title: str, rows: Sequence[dict[str, Any]], datase
     parts.append(f"<h2>The worst {min(SHOWN, len(rows))} of {len(rows)}</h2>{LEGEND}")
     parts.append(
         "<p>Below, the hypothesis as it was heard: the paler a word, the less sure; rest the pointer on one for its "
-        "time.</p>"
+        "time. The picture shows the sound, the labels of the likeliest path where they come, and how likely each one "
+        "is.</p>"
     )
     pictures = path.with_suffix("")
     pictures.mkdir(exist_ok=True)
     for number, row in enumerate(rows[:SHOWN]):
-        media = page.media_of(dataset, row["key"])
+        media = page.media_of(get, row["key"])
         parts.append(page.sample(row, media, pictures / f"worst-{number:02d}.png"))
     page.write_page(path, f"{title}: the worst", "".join(parts))
 

@@ -6,7 +6,7 @@ Everything that comes from data is escaped: a transcript is never markup.
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 .sample { border-bottom: 1px solid var(--line); padding: .9rem 0 } .sample p { margin: 0 0 .4rem }
 .sample audio { display: block; width: 100%; max-width: 26rem; height: 2.4rem; margin: .4rem 0 }
 .sample img { height: 5rem; min-width: min(100%, 12rem); margin: .4rem 0 }
+.sample img.outputs { height: auto }
 .aligned, .key { font: 15px/1.35 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace }
 .aligned { margin: .5rem 0 }
 .aligned > span { display: inline-block; white-space: pre; margin-bottom: .5rem; vertical-align: top }
@@ -136,30 +137,36 @@ def rate(row: dict[str, Any]) -> float:
     return rate
 
 
-def media_of(dataset: Any, key: str) -> Media | str:
+def media_of(get: Callable[[str], Media], key: str) -> Media | str:
     """Sound and picture of a sample, or why there is none."""
     try:
-        found: Media = dataset.media(key)
+        return get(key)
     except Exception as error:  # a bad sample fails in any way; it must not cost the report
         return f"{type(error).__name__}: {error}"
-    return found
+
+
+def alignment(row: dict[str, Any]) -> str:
+    """Reference over hypothesis, and the hypothesis as it was heard; nothing of a row without both."""
+    columns, parts = row["columns"], []
+    if "reference" in columns and "hypothesis" in columns:
+        both = aligned(columns["reference"], columns["hypothesis"], row.get("aligned_by", "character"))
+        parts.append(f"<div class=aligned>{both}</div>")
+    if heard := row.get("facts", {}).get("words"):
+        parts.append(f"<p class=heard>{' '.join(_heard(word) for word in heard)}</p>")
+    return "".join(parts)
 
 
 def sample(row: dict[str, Any], media: Media | str | None, path: Path) -> str:
     columns = dict(row["columns"])
-    cells = [f"<p><b>{rate(row):.0%}</b> <span class=key>{escape(row['key'])}</span></p>"]
-    if "reference" in columns and "hypothesis" in columns:
-        both = aligned(columns.pop("reference"), columns.pop("hypothesis"), row.get("aligned_by", "character"))
-        cells.append(f"<div class=aligned>{both}</div>")
-    if heard := row.get("facts", {}).get("words"):
-        cells.append(f"<p class=heard>{' '.join(_heard(word) for word in heard)}</p>")
+    cells = [f"<p><b>{rate(row):.0%}</b> <span class=key>{escape(row['key'])}</span></p>", alignment(row)]
+    if {"reference", "hypothesis"} <= columns.keys():
+        del columns["reference"], columns["hypothesis"]
     cells += [f"<p><small>{escape(name)}</small> {escape(text)}</p>" for name, text in columns.items()]
     if isinstance(media, str):
         cells.append(f"<p><small>no sound: {escape(media)}</small></p>")
     elif media is not None:
         cells.append(sound(media))
-        if media.image is not None:
-            cells.append(heat_map(media.image, path))
+        cells.append(heat_map(media, path))
         cells += [f"<p><small>{escape(name)}</small> {escape(text)}</p>" for name, text in media.captions.items()]
     return f"<div class=sample>{''.join(cells)}</div>"
 

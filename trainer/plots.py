@@ -17,11 +17,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from trainer.data.dataset import Media
 from trainer.metrics import error_rates
 
 Rows = list[dict[str, Any]]
@@ -29,6 +31,11 @@ T = TypeVar("T")
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes too (Okabe & Ito)
 MAX_PICTURE_FRAMES = 600
+LEVELS = 32
+LINE = 12
+"""Pixels."""
+LEAST_PROBABILITY, MAX_CLASSES = 0.1, 40
+"""Of what is drawn of a model's outputs: what comes up to that somewhere, and of these the likeliest."""
 
 
 def _inline(path: Path, kind: str, name: str) -> str:
@@ -83,6 +90,19 @@ def _few(items: Sequence[T], count: int) -> list[T]:
     return [items[i] for i in dict.fromkeys(round(last * k / max(1, count - 1)) for k in range(count))]
 
 
+def _hours(axes: Axes, train: Rows) -> None:
+    """The hours of audio that were trained on by then, at some of the steps."""
+    low, high = axes.get_xlim()
+    hours = {step: h for step, h in zip(*series(train, "audio_hours"), strict=True) if low <= step <= high}
+    if len(hours) > 1:
+        top = axes.twiny()
+        top.set_xlim(low, high)
+        ticks = _few(list(hours), 5)
+        top.set_xticks(ticks, [f"{hours[t]:.3g}" for t in ticks], fontsize=8)
+        top.set_xlabel("hours of audio", fontsize=9)
+        top.spines[["right"]].set_visible(False)
+
+
 def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
     """Pictures over optimizer steps, by name; one that would be empty is left out."""
     figures: dict[str, Figure] = {}
@@ -95,14 +115,8 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
     if settled and max(settled) > min(settled):
         margin = 0.05 * (max(settled) - min(settled))
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    hours = dict(zip(*series(train, "audio_hours"), strict=True))
-    if len(hours) > 1 and sound:
-        top = axes.twiny()
-        top.set_xlim(axes.get_xlim())
-        ticks = [list(hours)[round(i * (len(hours) - 1) / 4)] for i in range(5)]
-        top.set_xticks(ticks, [f"{hours[t]:.3g}" for t in ticks], fontsize=8)
-        top.set_xlabel("hours of audio", fontsize=9)
-        top.spines[["right"]].set_visible(False)
+    if sound:
+        _hours(axes, train)
 
     measured = list(dict.fromkeys(name for row in valid for name in error_rates(row)))
     if measured:
@@ -110,6 +124,8 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
         for name, color, marker in zip(measured, (ORANGE, BLUE, GREEN), "os^", strict=False):
             axes.plot(*series(valid, name, 100), marker + "-", color=color, label=name.upper(), markersize=4)
         axes.set_ylim(0, None)
+        if sound:
+            _hours(axes, train)
 
     figures["learning-rate"], axes = _axes("learning rate")
     axes.plot(*series(train, "lr"), color=BLUE)
@@ -122,13 +138,14 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
     for i, row in enumerate(refused):
         axes.axvline(row["step"], color=ORANGE, linestyle=":", label=None if i else "refused step")
 
-    layers = [(row["step"], [v for k, v in row.items() if k.startswith("gradient/") and v]) for row in valid]
-    layers = [(step, norms) for step, norms in layers if len(norms) > 1]
+    # A norm of zero, or none, has no place on the scale and leaves a gap: the layers keep their numbers.
+    layers = [(row["step"], [v or math.nan for k, v in row.items() if k.startswith("gradient/")]) for row in valid]
+    layers = [(step, norms) for step, norms in layers if len(norms) > 1 and any(map(math.isfinite, norms))]
     if layers:
         figures["gradient-norm-of-layers"], axes = _axes("gradient norm of a layer")
         axes.set(xlabel="layer", yscale="log")
         for (step, norms), color in zip(_few(layers, 3), (GREEN, ORANGE, BLUE), strict=False):
-            axes.plot(range(1, len(norms) + 1), norms, color=color, label=f"step {step}")
+            axes.plot(range(1, len(norms) + 1), norms, ".-", color=color, label=f"step {step}", markersize=3)
 
     figures["throughput"], axes = _axes("hours of audio an hour (x real time)" if sound else "tokens a second")
     speed = ("audio_hours_per_second", 3600) if sound else ("tokens_per_second", 1)
@@ -153,15 +170,55 @@ def _scaled(image: NDArray[Any]) -> NDArray[np.float64]:
     return np.clip((values - low) / max(high - low, 1e-9), 0, 1)
 
 
-def heat_map(image: NDArray[Any], path: Path) -> str:
-    """A small picture without axes: (bands, frames), time to the right, low bands at the bottom."""
-    stride = math.ceil(image.shape[1] / MAX_PICTURE_FRAMES)
-    levels = (_scaled(image[::-1, ::stride]) * 31).round().astype(np.uint8)  # few levels: fewer bytes
+def _pixels(values: NDArray[Any]) -> Image.Image:
+    """Values in [0, 1] (rows, columns) in colours, the first row at the bottom."""
+    levels = (values[::-1] * (LEVELS - 1)).round().astype(np.uint8)  # few of them: fewer bytes
     pixels = Image.fromarray(levels, mode="P")
-    colors = plt.get_cmap("magma")(np.linspace(0, 1, 32))[:, :3]
-    pixels.putpalette((colors * 255).astype(np.uint8).tobytes())
-    pixels.save(path, optimize=True)
-    return _inline(path, "image", path.stem.replace("-", " "))
+    colors = plt.get_cmap("magma")(np.linspace(0, 1, LEVELS))[:, :3]
+    pixels.putpalette((colors * 255).astype(np.uint8).tobytes() + b"\xff\xff\xff")  # the last one for what is written
+    return pixels
+
+
+def seen(media: Media) -> Image.Image:
+    """A small picture of a sample without axes: its image (bands, frames), time to the right, low bands at the bottom;
+    below it the labels of the likeliest path and the probabilities of all that come up, where a model tells."""
+    assert media.image is not None
+    if media.outputs is None or not media.outputs.shape[1]:
+        return _pixels(_scaled(media.image[:, :: math.ceil(media.image.shape[1] / MAX_PICTURE_FRAMES)]))
+    outputs, frames = np.asarray(media.outputs), media.outputs.shape[1]
+    font = ImageFont.truetype(
+        font_manager.findfont("DejaVu Sans"), LINE - 2
+    )  # comes with matplotlib, knows many letters
+    most = outputs.max(1)
+    shown = np.sort(np.argsort(-most, kind="stable")[:MAX_CLASSES])
+    shown = shown[most[shown] >= LEAST_PROBABILITY]
+    names = [media.classes[i].strip("<>") for i in shown]
+    margin = math.ceil(max(font.getlength(name) for name in names)) + 4
+    wide = frames * min(12, max(4, 1200 // frames))
+    above = _pixels(_scaled(media.image)).resize((wide, 2 * media.image.shape[0]), Image.Resampling.NEAREST)
+    below = _pixels(outputs[shown][::-1]).resize((wide, LINE * len(shown)), Image.Resampling.NEAREST)
+    page = Image.new("P", (margin + wide, above.height + LINE + 4 + below.height))
+    page.putpalette(above.getpalette() or [])
+    page.paste(above, (margin, 0))
+    page.paste(below, (margin, page.height - below.height))
+    pen = ImageDraw.Draw(page)
+    pen.fontmode = "1"  # no shades: there is one colour for it
+    for i, name in enumerate(names):
+        pen.text((margin - 3, page.height - below.height + LINE * i), name, LEVELS, font, "ra")
+    path = outputs.argmax(0)
+    for t in np.flatnonzero(np.diff(path, prepend=0)):
+        if path[t]:
+            middle = margin + (t + 0.5) * wide / frames
+            pen.text((middle, above.height + 1), media.classes[path[t]], LEVELS, font, "ma")
+    return page
+
+
+def heat_map(media: Media, path: Path) -> str:
+    """What is `seen` of a sample as a file, and an <img> that holds it; nothing of one without an image."""
+    if media.image is None:
+        return ""
+    seen(media).save(path, optimize=True)
+    return _inline(path, "image" if media.outputs is None else "image outputs", path.stem.replace("-", " "))
 
 
 def large_heat_map(image: NDArray[Any], seconds: float | None) -> Figure:

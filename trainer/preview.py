@@ -86,7 +86,7 @@ def _sample(shard: Path, pair: Pair, config: SpeechDataConfig, picture: Path) ->
             more = f", {channels} channels" if channels > 1 else ""
             parts.append(f"<p><small>{length / rate:.2f} s, {rate} Hz{more}, {escape(pair.audio.ending)}</small></p>")
             parts.append(sound(Media(mono, rate)))
-        parts.append(heat_map(features.T, picture))
+        parts.append(heat_map(Media(image=features.T), picture))
     except (AudioError, UserError) as error:
         parts.append(f"<p><small>no sound: {escape(error)}</small></p>")
     return f"<div class=sample>{''.join(parts)}</div>"

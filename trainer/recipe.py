@@ -32,6 +32,10 @@ from trainer.tracking import TrackingConfig
 
 Split = Literal["train", "valid", "test"]
 
+FEATURES = ("kind", "num_bands", "window_ms", "hop_ms")
+MADE_FOR = ("model.", "data.sample_rate_hz", *(f"data.features.{name}" for name in FEATURES))
+"""Keys on which it depends what trained weights compute."""
+
 State = dict[str, Tensor]
 """What a micro-batch hands to the next one of its number: the last hidden states of a stream, by name."""
 
@@ -122,7 +126,7 @@ class ValidationConfig(Config):
     early_stop_after: Free[int | None] = Field(None, ge=1)
     """Stop after so many validations without a new best; null: never."""
     table_rows: Free[int] = Field(8, ge=0)
-    """Utterances in the table of W&B, with sound."""
+    """Samples in the table of W&B, with sound and pictures: half of them the worst, half the same each time."""
     samples: Free[int] = Field(0, ge=0)
     """Pieces that the model writes after each validation, from the seeds 0, 1, ..., for W&B; see the verb generate."""
 
@@ -236,6 +240,11 @@ class Recipe(Generic[C]):
         """
         raise TypeError(f"{type(self).__name__} lacks step")
 
+    def media(self, model: nn.Module, dataset: Dataset, key: str) -> Media:
+        """What a person would hear and see of a sample, and what `model`, in evaluation mode, made of it where that can
+        be drawn."""
+        return dataset.media(key)
+
     def generate(self, model: nn.Module, wish: Wish) -> Generated:
         """One piece, drawn from the wish's seed alone; `model` is in evaluation mode, on the CPU or a GPU.
 
@@ -324,3 +333,21 @@ def from_plain(values: dict[str, Any], origin: str, overrides: Sequence[str] = (
     configuration.override(source, overrides)
     cls = find_recipe(source.values.get("recipe"), origin)
     return cls(configuration.validate(cls.config_class(), source))
+
+
+def of_trained(values: dict[str, Any], origin: str, overrides: Sequence[str]) -> Recipe[Any]:
+    """The same of a run that is trained, with overrides.
+
+    Raises:
+        UserError: they change what its weights were made for.
+    """
+    trained, recipe = from_plain(values, origin), from_plain(values, origin, overrides)
+    changed = configuration.differences(configuration.plain(trained.config), recipe.config)
+    lines = [
+        f"the command line: {name} = {new!r}: the run was trained with {old!r}"
+        for name, old, new in changed
+        if name.startswith(MADE_FOR)
+    ]
+    if lines:
+        raise UserError("\n".join(lines) + "\na trained model keeps its shape: leave it out, or train another run")
+    return recipe

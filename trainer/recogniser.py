@@ -9,9 +9,16 @@ stream = recogniser.stream()
 for samples in microphone:              # any number of samples at a time, at recogniser.sample_rate_hz
     print(stream.push(samples))
 print(stream.finish())
+
+for word in recogniser.words("hello.wav"):
+    print(word.word, word.start, word.end, word.confidence)
 """
 
+import hashlib
+import io
 import json
+import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +33,12 @@ from trainer import config as configuration
 from trainer.config import show
 from trainer.data.audio import LogMel
 from trainer.data.text import BLANK, Tokens, label_of_space
+from trainer.decoding.alignment import Word, of_spans, spans
 from trainer.decoding.tuning import with_recorded
 from trainer.errors import UserError
 from trainer.models.acoustic import AcousticModel
 from trainer.models.streaming import AcousticStream, for_inference
-from trainer.recipe import Recipe, from_plain
+from trainer.recipe import Recipe, of_trained
 from trainer.run import RunDirectory
 
 PAUSE_SECONDS = 0.8
@@ -56,15 +64,20 @@ class Hypothesis:
         frame_seconds: of an output frame.
         space: the label between words, if there is one. It comes at each pause, where nets that were trained on single
             sentences have none, and where the best path has it at an end of a part, which a decoder may leave out.
+        timed: find the times of `words`, too.
     """
 
-    def __init__(self, decoder: Decoder | None, frame_seconds: float, space: int | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder | None, frame_seconds: float, space: int | None = None, timed: bool = False
+    ) -> None:
         self._decoder, self._space = decoder, [] if space is None else [space]
+        self._frame_seconds, self._timed = frame_seconds, timed
         self._pause, self._longest = round(PAUSE_SECONDS / frame_seconds), round(LONGEST_SECONDS / frame_seconds)
         self.frames = 0
         self.first_frame: int | None = None
         """The frame of the first label."""
         self._final: list[int] = []
+        self._spans: list[tuple[int, int, float]] = []  # of what is final, if it is timed
         self._between: list[int] = []  # a space that came after what is final
         self._begin()
 
@@ -79,6 +92,10 @@ class Hypothesis:
         """Without blanks."""
         meet = self._final and self._labels and self._between not in (self._final[-1:], self._labels[:1])
         return self._final + (self._between if meet else []) + self._labels
+
+    def words(self, tokens: Tokens) -> list[Word]:
+        """What is final, if it is timed, word by word."""
+        return of_spans(self._spans, self._final, tokens, self._frame_seconds) if self._timed else []
 
     def push(self, log_probs: Tensor) -> None:
         """Take the log-probabilities (T, V) of new frames."""
@@ -100,7 +117,7 @@ class Hypothesis:
         self._keep(log_probs[start:])
 
     def _keep(self, log_probs: Tensor) -> None:
-        if self._decoder is not None and len(log_probs):
+        if (self._timed or self._decoder is not None) and len(log_probs):
             self._part.append(log_probs)
 
     def finish(self, pause: bool = False) -> None:
@@ -115,7 +132,13 @@ class Hypothesis:
             (self._labels,) = self._decoder(part, torch.tensor([part.shape[1]]))
         if path and path[:1] == self._space:
             self._between = self._space
-        self._final = self.labels
+        labels = self.labels
+        if self._timed and self._labels:
+            first = self.frames - self._length
+            between = len(labels) - len(self._final) - len(self._labels)  # a space that no frame says
+            self._spans += [(first, first, 0.0)] * between
+            self._spans += [(a + first, b + first, p) for a, b, p in spans(torch.cat(self._part), self._labels)]
+        self._final = labels
         if pause or (path and path[-1:] == self._space):
             self._between = self._space
         elif self._labels:
@@ -160,19 +183,22 @@ class Recogniser:
         reason = self.model.config.cannot_stream()
         return None if reason is None else f"model.{reason}"
 
-    def hypothesis(self) -> Hypothesis:
+    def hypothesis(self, timed: bool = False) -> Hypothesis:
         """Of a recording whose log-probabilities come piece by piece."""
-        return Hypothesis(self.decoder, self.frame_seconds, label_of_space(self.tokens))
+        return Hypothesis(self.decoder, self.frame_seconds, label_of_space(self.tokens), timed)
 
-    def stream(self) -> "Stream":
+    def stream(self, timed: bool = False) -> "Stream":
         """Recognition of sound that comes piece by piece.
+
+        Args:
+            timed: find the times of the stream's `words`, too.
 
         Raises:
             UserError: the model needs the whole; the message names the key.
         """
         if (reason := self.cannot_stream()) is not None:
             raise UserError(reason)
-        return Stream(self)
+        return Stream(self, timed)
 
     def log_probs(self, sound: NDArray[Any] | Tensor) -> Tensor:
         """Of samples (N,) at the model's rate, all at once: (T, V)."""
@@ -200,15 +226,24 @@ class Recogniser:
         Raises:
             UserError: the file is none, or holds no sound.
         """
+        return self.tokens.decode(self._hear(sound, sample_rate_hz).labels)
+
+    def words(self, sound: str | Path | NDArray[Any] | Tensor, sample_rate_hz: int | None = None) -> list[Word]:
+        """The words of the same text, with their times and confidences."""
+        return self._hear(sound, sample_rate_hz, timed=True).words(self.tokens)
+
+    def _hear(
+        self, sound: str | Path | NDArray[Any] | Tensor, sample_rate_hz: int | None, timed: bool = False
+    ) -> Hypothesis:
         if isinstance(sound, (str, Path)):
             blocks = sounds.of_file(Path(sound), self.sample_rate_hz)
         else:
             blocks = sounds.of_samples(samples(sound), sample_rate_hz or self.sample_rate_hz, self.sample_rate_hz)
-        heard = self.hypothesis()
+        heard = self.hypothesis(timed)
         for part in self.pieces(blocks):
             heard.push(part)
         heard.finish()
-        return self.tokens.decode(heard.labels)
+        return heard
 
     def pieces(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         """Log-probabilities (T, V) of a recording that comes in blocks of samples, as they are known.
@@ -238,17 +273,18 @@ class Stream:
 
     Args:
         recogniser: whose model can.
+        timed: see `Recogniser.stream`.
 
     Attributes:
         heard: what was heard so far, as labels.
         seconds: of sound that came.
     """
 
-    def __init__(self, recogniser: Recogniser) -> None:
+    def __init__(self, recogniser: Recogniser, timed: bool = False) -> None:
         self.recogniser = recogniser
         self._features = recogniser.features.stream()
         self._model = AcousticStream(recogniser.model)
-        self.heard = recogniser.hypothesis()
+        self.heard = recogniser.hypothesis(timed)
         self.seconds = 0.0
 
     def push(self, sound: NDArray[Any] | Tensor) -> str:
@@ -273,6 +309,11 @@ class Stream:
         return self.recogniser.tokens.decode(self.heard.labels)
 
     @property
+    def words(self) -> list[Word]:
+        """What is final, if it is timed, word by word."""
+        return self.heard.words(self.recogniser.tokens)
+
+    @property
     def behind_seconds(self) -> float:
         """How much more sound has come than was decided on."""
         return self.seconds - self.heard.frames * self.recogniser.frame_seconds
@@ -282,7 +323,7 @@ def samples(sound: NDArray[Any] | Tensor) -> Tensor:
     """Samples (N,) as float32 in [-1, 1].
 
     Raises:
-        ValueError: of another shape or type.
+        ValueError: of another shape or type, or not finite.
     """
     wave = torch.as_tensor(np.ascontiguousarray(sound) if isinstance(sound, np.ndarray) else sound)
     if wave.ndim != 1:
@@ -291,6 +332,8 @@ def samples(sound: NDArray[Any] | Tensor) -> Tensor:
         return wave.float() / 32768
     if not wave.is_floating_point():
         raise ValueError(f"sound is of {wave.dtype}, wanted floating point in [-1, 1] or int16")
+    if not wave.isfinite().all():
+        raise ValueError("sound holds samples that are no finite numbers")
     return wave.float()
 
 
@@ -320,16 +363,19 @@ def open_weights(
     """
     folder = Path(run)
     facts = folder / "export.json"
-    if facts.is_file():
+    if os.path.isfile(facts):  # takes any name; that of Path, only one that a folder can have
         try:
-            labels = json.loads(facts.read_text(encoding="utf-8"))["labels"]
-            weights = torch.load(folder / "weights.pt", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            said = json.loads(facts.read_text(encoding="utf-8"))
+            labels, content = said["labels"], (folder / "weights.pt").read_bytes()
+            if hashlib.sha256(content).hexdigest() != said["sha256"]:
+                raise ValueError(f"weights.pt, {len(content):,} bytes, has another SHA-256 than export.json says")
+            weights = torch.load(io.BytesIO(content), weights_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{show(folder)}: is not what `export` wrote: {error}; export the run again") from error
         config = folder / "config.yaml"
-        return from_plain(configuration.load_yaml(config), show(config), overrides), weights, labels, folder
+        return of_trained(configuration.load_yaml(config), show(config), overrides), weights, labels, folder
     directory = RunDirectory.existing(str(run))
     best = checkpoint.best(directory.checkpoints)
     labels = best.state["data"]["train"]
-    recipe = from_plain(directory.saved_config(), show(directory.config), with_recorded(overrides, directory))
+    recipe = of_trained(directory.saved_config(), show(directory.config), with_recorded(overrides, directory))
     return recipe, best.weights(), labels, directory.path

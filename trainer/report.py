@@ -9,10 +9,12 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from torch import nn
 
 from trainer import checkpoint, confusion, keyed, machine, page
 from trainer import config as configuration
@@ -65,7 +67,7 @@ def write(run: RunDirectory, recipe: Recipe[Any], split: str) -> dict[str, float
         "Curves": _curves(curves(train, valid, refused), folder) if rows else "<p>No step has been recorded yet.</p>",
         "Errors": _errors(evaluations, valid),
         f"Classes of {split}": _classes(evaluations.get(split), folder),
-        f"Samples of {split}": _samples(evaluations.get(split), recipe, name, split, folder),
+        f"Samples of {split}": _samples(evaluations.get(split), recipe, run, split, folder),
         "Recurrence and robustness": _analysis(run),
         "Generated": _generated(run.path / "generated"),
         "Bad samples and refused steps": _faults(list(read_lines(run.quarantine)), refused)
@@ -224,9 +226,25 @@ def _classes(evaluation: dict[str, Any] | None, folder: Path) -> str:
     return table(confusion.table(found), confusion.HEAD) + image
 
 
-def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, split: str, folder: Path) -> str:
+def _model(recipe: Recipe[Any], run: RunDirectory, step: Any) -> nn.Module | None:
+    """The model that was evaluated, if the run still has it."""
+    try:
+        best = checkpoint.best(run.checkpoints)
+        if best.state["position"]["step"] != step:
+            return None
+        model = recipe.build_model().eval()
+        model.load_state_dict(best.weights())
+    except (UserError, RuntimeError):  # no checkpoint, or other data: the report is still worth having
+        return None
+    return model
+
+
+def _samples(
+    evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: RunDirectory, split: str, folder: Path
+) -> str:
     if evaluation is None:
-        return f"<p>Not evaluated: <code>./launch.sh evaluate {escape(run)} split={escape(split)}</code></p>"
+        command = f"./launch.sh evaluate {run.path.resolve().name} split={split}"
+        return f"<p>Not evaluated: <code>{escape(command)}</code></p>"
     rows = evaluation["rows"]
     if not rows:
         return "<p>The evaluation holds no sample.</p>"
@@ -236,7 +254,11 @@ def _samples(evaluation: dict[str, Any] | None, recipe: Recipe[Any], run: str, s
         dataset, note = None, f"<p>Without sound and pictures, the data cannot be opened: {escape(error)}</p>"
     worst = sorted(rows, key=page.rate, reverse=True)[:SHOWN]
     random = sorted(rows, key=lambda r: keyed.key("report", r["key"]))[:SHOWN]
-    media = {row["key"]: page.media_of(dataset, row["key"]) for row in [*worst, *random]} if dataset is not None else {}
+    media: dict[str, Media | str] = {}
+    if dataset is not None:
+        model = _model(recipe, run, evaluation.get("step"))
+        get = dataset.media if model is None else partial(recipe.media, model, dataset)
+        media = {row["key"]: page.media_of(get, row["key"]) for row in [*worst, *random]}
     parts = [note]
     example = media.get(random[0]["key"])
     if isinstance(example, Media) and example.image is not None:

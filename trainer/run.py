@@ -64,11 +64,11 @@ class RunDirectory:
             UserError: there is no such run.
         """
         for path in (Path(name), Path("runs") / name, Path("runs") / name.replace("/", "-")):
-            if (path / "config.yaml").is_file():
+            if os.path.isfile(path / "config.yaml"):  # takes any name; that of Path, only one that a folder can have
                 return cls(path)
         known = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
         raise UserError(
-            f"{name}: is not a run directory (no config.yaml in it, nor in runs/{name}); "
+            f"{name[:100]}: is not a run directory (no config.yaml in it, nor in runs/{name[:100]}); "
             + (f"known runs: {', '.join(known)}" if known else "there is no run yet: `./launch.sh train CONFIG`")
         )
 

@@ -18,6 +18,8 @@ from trainer.config import show
 from trainer.errors import UserError
 
 BLOCK_SECONDS = 1.0
+NO_SAMPLES = {b"fLaC": "FLAC", b"OggS": "OGG", b"ID3": "MP3", b"RF64": "a WAV of more than 4 GB"}
+"""By how they begin: what would be noise if it were taken for samples."""
 WIDTH = 6
 """Zero crossings of the low pass of a conversion, as torchaudio has it."""
 
@@ -77,10 +79,17 @@ def of_file(path: Path, wanted_hz: int, seconds: float = BLOCK_SECONDS) -> Itera
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             blocks = (torch.from_numpy(b.mean(1)) for b in _blocks(file, max(1, round(seconds * rate))))
-            yield from _converted(blocks, rate, wanted_hz)
+            yield from _converted(_finite(blocks, path), rate, wanted_hz)
     except (soundfile.SoundFileError, OSError) as error:
         reason = "there is no such file" if not path.exists() else f"is no sound that can be read ({error})"
         raise UserError(f"{show(path)}: {reason}; give WAV, FLAC, OGG or MP3, `-` or `microphone`") from error
+
+
+def _finite(blocks: Iterator[Tensor], path: Path) -> Iterator[Tensor]:
+    for block in blocks:
+        if not block.isfinite().all():
+            raise UserError(f"{show(path)}: holds samples that are no finite numbers; write the file anew")
+        yield block
 
 
 def _blocks(file: Any, size: int) -> Iterator[Any]:
@@ -95,9 +104,12 @@ def of_stream(stream: BinaryIO, wanted_hz: int, seconds: float, raw_hz: int | No
         raw_hz: the rate of samples without a header; None: the wanted one.
 
     Raises:
-        UserError: a WAV of another kind.
+        UserError: a WAV of another kind, or a file that is no WAV.
     """
-    if stream.peek(4)[:4] == b"RIFF":  # type: ignore[attr-defined]
+    first = stream.peek(4)[:4]  # type: ignore[attr-defined]
+    if (kind := next((name for magic, name in NO_SAMPLES.items() if first.startswith(magic)), None)) is not None:
+        raise UserError(f"standard input: is {kind}, not samples; give the file by its name, or send WAV")
+    if first == b"RIFF":
         try:
             file = wave.open(stream, "rb")  # noqa: SIM115
         except (wave.Error, EOFError) as error:

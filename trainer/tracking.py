@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,10 @@ class TrackingConfig(Config):
     """Steps between two rows of `metrics.jsonl` and two points in W&B."""
     console_seconds: float = Field(15.0, gt=0)
     """Seconds between two lines where the output is not a terminal."""
+
+
+class Markup(str):
+    """A cell that is HTML."""
 
 
 class Tracker:
@@ -243,21 +247,25 @@ class Tracker:
         """Write numbers that could not be written before; whether none is left."""
         return not self.active or self._metrics.flush()
 
-    def table(self, step: int, epoch: int, name: str, rows: Sequence[tuple[dict[str, str | float], Media]]) -> None:
-        """A table with sound and pictures in W&B."""
-        if self._run is None or not rows:
+    def table(self, step: int, epoch: int, name: str, rows: Iterable[tuple[dict[str, str | float], Media]]) -> None:
+        """A table with sound and pictures in W&B; the rows are asked for only if it has one."""
+        if self._run is None or not (rows := list(rows)):
             return
         try:
             import wandb
 
-            kinds = [kind for kind in ("audio", "picture") if getattr(rows[0][1], kind) is not None]
+            from trainer.plots import seen
+
+            kinds = [kind for kind in ("audio", "picture", "image") if getattr(rows[0][1], kind) is not None]
             table = wandb.Table(columns=[*rows[0][0], *kinds])
             show = {
                 "audio": lambda media: wandb.Audio(media.audio, sample_rate=media.sample_rate_hz),
                 "picture": lambda media: wandb.Image(media.picture),
+                "image": lambda media: wandb.Image(seen(media).convert("RGB")),
             }
             for cells, media in rows:
-                table.add_data(*cells.values(), *(show[kind](media) for kind in kinds))
+                texts = [wandb.Html(x, inject=False) if isinstance(x, Markup) else x for x in cells.values()]
+                table.add_data(*texts, *(show[kind](media) for kind in kinds))
         except Exception as error:
             log.warning("the W&B table was not made: %s", error)
             return

@@ -88,11 +88,12 @@ def take_weights(model: nn.Module, source: Path, heads: Sequence[str], labels: M
     return [f"{line}: drawn anew" for line in fresh] + [f"{line}: not taken" for line in unused]
 
 
-def export(run: RunDirectory, folder: Path) -> dict[str, Any]:
-    """Write the weights of a run's best checkpoint, its configuration and what one must know of them.
+def export(run: RunDirectory, folder: Path, config: configuration.Config) -> dict[str, Any]:
+    """Write the weights of a run's best checkpoint, a configuration and what one must know of them.
 
     Args:
         folder: is made; what an earlier export left there is replaced.
+        config: the run's, with what is to be otherwise wherever the weights are used.
 
     Returns:
         what `export.json` holds.
@@ -101,6 +102,7 @@ def export(run: RunDirectory, folder: Path) -> dict[str, Any]:
         UserError: there is no whole checkpoint, or the folder cannot be written.
     """
     best = checkpoint.best(run.checkpoints)
+    values = configuration.plain(config)
     weights = {name: value.contiguous().clone() for name, value in best.weights().items()}
     facts = {
         "run": run.path.resolve().name,
@@ -114,8 +116,8 @@ def export(run: RunDirectory, folder: Path) -> dict[str, Any]:
         torch.save(weights, temporary)
         facts["sha256"] = hashlib.sha256(temporary.read_bytes()).hexdigest()
         temporary.replace(folder / "weights.pt")
-        (folder / "config.yaml").write_text(configuration.dump_yaml(best.state["config"]), encoding="utf-8")
-        vocabulary = Path(best.state["config"].get("data", {}).get("path", "")) / SUBWORDS_FILE
+        (folder / "config.yaml").write_text(configuration.dump_yaml(values), encoding="utf-8")
+        vocabulary = Path(values.get("data", {}).get("path", "")) / SUBWORDS_FILE
         if vocabulary.is_file():  # of labels that are subwords
             (folder / SUBWORDS_FILE).write_bytes(vocabulary.read_bytes())
         (folder / "export.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")

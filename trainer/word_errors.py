@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.errors import UserError
 from trainer.metrics import PARTS, Edits, align, edits
 from trainer.significance import Paired, bootstrap
 
@@ -111,11 +112,18 @@ def assess(rows: Sequence[Row], rates: Iterable[str], resample: str, seed: int) 
 
     Returns:
         by rate: `interval` (95 %), `by_duration`, `by_speaker`, `confusions`.
+
+    Raises:
+        UserError: speakers are to be drawn, and there is one alone.
     """
+    clusters = speakers(rows) if resample == "speakers" else None
+    if clusters is not None and len(set(clusters)) < 2:
+        raise UserError(
+            "the command line: resample = speakers: there is one speaker alone, and nothing to draw; leave it out"
+        )
     found = {}
     for rate in rates:
         all_ = [counted(row, rate) for row in rows]
-        clusters = speakers(rows) if resample == "speakers" else None
         found[rate] = {
             "interval": bootstrap([e.total for e in all_], [e.length for e in all_], clusters, seed),
             "by_duration": [group.plain() for group in by_duration(rows, rate)],

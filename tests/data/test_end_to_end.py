@@ -16,6 +16,7 @@ from tests.helpers import TINY, run_ranks
 from trainer import recipe
 from trainer.__main__ import main
 from trainer.evaluation import read_evaluation
+from trainer.run import read_lines
 
 pytestmark = pytest.mark.distributed
 
@@ -32,6 +33,9 @@ class Case:
     rate: str
     """The error rate that is watched."""
     audio: bool = True
+    steps: int = 2
+    decoder: tuple[str, ...] = ()
+    """Overrides of `evaluate`."""
 
 
 CASES = {
@@ -42,16 +46,19 @@ CASES = {
         ("data.text.tokens.vocabulary_size=17", "precision=fp32"),
         r"17 classes \(subwords\)",
         "cer",
+        steps=20,
+        decoder=("decoder.kind=beam",),
     ),
     "cepstra": Case("speech/an4_cepstra", layouts.an4_cepstra, (), r"29 classes \(characters\)", "cer", audio=False),
 }
 
 
 def arguments(case: Case, root: Path) -> list[str]:
-    """Overrides that make a run of two steps."""
+    """Overrides that make a run of few steps."""
     tiny = [o for o in TINY if not o.startswith(("data.corpus", "data.features", "data.augment.speeds"))]
     corpus = [f"data.corpus.path={root / 'raw'}", f"data.path={root / 'data'}", f"runs_dir={root / 'runs'}"]
-    model = ["model.subsampling.projection=16", "max_steps=2", "validation.every_steps=2", "name=run"]
+    model = ["model.subsampling.projection=16", "validation.every_steps=2", "name=run"]
+    model += [f"max_steps={case.steps}", f"max_epochs={case.steps}"]
     return [*tiny, *corpus, *model, "plan.micro_batches_per_step=1", "plan.micro_batch_seconds=2", *case.changes]
 
 
@@ -61,13 +68,13 @@ def fit(ranks: Any, config: str, overrides: list[str]) -> dict[str, float]:
     return Training(recipe.load(config, overrides), ranks).fit()
 
 
-def evaluated(ranks: Any, run: Path) -> str:
+def evaluated(ranks: Any, run: Path, *overrides: str) -> str:
     from trainer.verbs import evaluate
 
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert evaluate.main(parser.parse_args([str(run)])) == 0
+        assert evaluate.main(parser.parse_args([str(run), *overrides])) == 0
     return output.getvalue()
 
 
@@ -86,7 +93,10 @@ def test_a_corpus_goes_all_the_way(tmp_path: Path, name: str, capsys: pytest.Cap
     (values,) = run_ranks(1, fit, case.config, overrides)
     rates = {rate for rate in ("per", "cer", "wer") if rate in values}
     assert rates == ({"per"} if case.rate == "per" else {"cer", "wer"})
-    (told,) = run_ranks(1, evaluated, tmp_path / "runs/run")
+    rows = list(read_lines(tmp_path / "runs/run/metrics.jsonl"))
+    assert rows[-2]["step"] == rows[-1]["step"] == case.steps
+    assert rows[-1]["audio_hours"] == rows[-2]["audio_hours"] > 0
+    (told,) = run_ranks(1, evaluated, tmp_path / "runs/run", *case.decoder)
     assert f"{case.rate.upper()} " in told
     result = read_evaluation(tmp_path / "runs/run/evaluation/test.json")
     assert result["scored"] == result["total"] == len(task.build_dataset("test"))
@@ -97,10 +107,11 @@ def test_a_corpus_goes_all_the_way(tmp_path: Path, name: str, capsys: pytest.Cap
     media = task.build_dataset("test").media(row["key"])
     assert (media.audio is not None) == case.audio
     assert main(["report", str(tmp_path / "runs/run")]) == 0
-    assert (tmp_path / "runs/run/report.html").stat().st_size > 10_000
+    page = (tmp_path / "runs/run/report.html").read_text(encoding="utf-8")
+    assert page.count('class="image outputs"') == 2 * len(result["rows"])  # the worst, and at random
 
 
-def test_a_corpus_that_is_not_at_hand_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corpus_that_is_not_at_hand_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["model.rnn.hidden_size=16", "model.rnn.num_layers=1", "model.subsampling.projection=16"]
     assert main(["plan", "speech/librispeech_960", "world_size=64", "utterances=1500", *small]) == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -111,3 +122,8 @@ def test_a_corpus_that_is_not_at_hand_is_planned(capsys: pytest.CaptureFixture[s
     assert '"train_micro_batch_size_per_gpu"' in told
     assert "warning" not in told
     assert main(["plan", "copying/t1000", "utterances=10"]) == 2
+    capsys.readouterr()
+    assert main(["plan", "speech/librispeech_960", "world_size=64", f"data.path={tmp_path / 'nowhere'}"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "prepare CONFIG` first; or plan as many made-up ones" in told
+    assert "`plan speech/librispeech_960 utterances=N`" in told

@@ -58,5 +58,6 @@ def test_labels_know_their_words() -> None:
     assert found[-1][2] == len(labels)
     assert all(pieces.decode(labels[a:b]).strip() == word for word, a, b in found)
     for made in (tokens, pieces, Phones("aa b")):
+        assert made.words([]) == []
         assert len(made.names) == len(made)
         assert not any(" " in name for name in made.names)

@@ -117,6 +117,8 @@ def test_a_batch_is_its_rows_and_the_word_score_makes_words(tmp_path: Path) -> N
     lengths = torch.tensor([9, 4])
     assert beam(rows, lengths) == [beam.best(rows[0]), beam.best(rows[1, :4])]
     assert beam(rows, torch.tensor([0, 0])) == [[], []]
+    assert beam.makes_words
+    assert not Beam(BeamConfig(language_model=None), source("abc", tmp_path)).makes_words
     counts = []
     for score in (-5.0, 0.0):  # far above, all frames would be spaces
         beam.set_weights(0.0, score)
@@ -183,7 +185,7 @@ def test_a_run_of_a_language_model_is_asked_at_each_step_or_afterwards(how: str,
     assert differs
 
 
-def test_what_does_not_fit_is_told(net: Net, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_told(net: Net, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = tmp_path / "words.arpa"
     estimate([["дом", "дома"]], 2).write(words)
     (tmp_path / "other.arpa").write_text("nothing\n")
@@ -196,6 +198,10 @@ def test_what_does_not_fit_is_told(net: Net, tmp_path: Path) -> None:
     for told, language_model in cases.items():
         with pytest.raises(UserError, match=told):
             Beam(BeamConfig(language_model=language_model), source("abc", tmp_path))
+    with pytest.raises(UserError, match="has none of the recogniser's labels"):
+        Beam(BeamConfig(language_model=RunLanguageModelConfig(run="lm")), source(" xyz", tmp_path))
+    Beam(BeamConfig(language_model=RunLanguageModelConfig(run="lm")), source("xyc", tmp_path))
+    assert "run = lm lacks x y: they never come out" in caplog.text
     phones = Source(Phones("aa b"), lambda: Training(["aa b"]), tmp_path)
     with pytest.raises(UserError, match="the labels are phones"):
         Beam(BeamConfig(language_model=NgramConfig(units="words", order=2)), phones)

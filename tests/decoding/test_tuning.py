@@ -24,6 +24,7 @@ def test_the_lowest_point_of_a_bowl_is_found(goal: tuple[float, float]) -> None:
     assert abs(found.word_score - goal[1]) <= 0.25
     assert len(asked) == len(set(asked)) < 40
     assert all(weight >= 0 for weight, _ in asked)
+    assert {trial.word_score for trial in search(errors, 0.6, 0.5, axes=(0,))} == {0.5}
 
 
 def test_what_is_recorded_is_what_decodes(tmp_path: Path) -> None:

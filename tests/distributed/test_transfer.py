@@ -130,6 +130,17 @@ def test_export_is_one_plain_state_dict(
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"weights.pt", "config.yaml", "export.json"}
 
 
+def test_export_keeps_what_it_was_told_and_does_without_a_decoder_that_cannot_be_had(
+    tmp_path: Path, source: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    nowhere = f"data.path={tmp_path / 'nowhere'}"
+    assert main(["export", str(source["run"]), f"to={out}", "decoder.kind=beam", "decoder.weight=0.7", nowhere]) == 0
+    assert "no streaming step: " in (told := capsys.readouterr().out)
+    assert "nowhere" in told
+    assert configuration.load_yaml(out / "config.yaml")["decoder"]["weight"] == 0.7
+
+
 def test_export_of_a_damaged_run_takes_the_one_before(corpus: Path, tmp_path: Path) -> None:
     arguments = overrides(corpus, tmp_path, "name=run", "validation.every_steps=1", "checkpoint.every_steps=1")
     run = run_ranks(2, fit, [*arguments, "max_steps=2", "zero.stage=3"])[0]["run"]

@@ -45,6 +45,10 @@ class Media:
     picture: NDArray[Any] | None = None
     """(rows, columns) grey from 0 to 255, shown as it is."""
     captions: dict[str, str] = field(default_factory=dict)
+    outputs: NDArray[Any] | None = None
+    """(classes, frames) what a model made of it, as probabilities, drawn under the image with the same time."""
+    classes: tuple[str, ...] = ()
+    """Names of the outputs; the first is that of none."""
 
 
 class Dataset(Protocol):

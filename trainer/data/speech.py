@@ -450,6 +450,14 @@ class SpeechDataset:
                 self._fill(audio[b], place, wave)
         return self._finish(audio, places, faults)
 
+    def clip(self, key: str) -> Tensor:
+        """One recording as the model gets it, a row of `audio` without padding.
+
+        Raises:
+            AudioError: it cannot be read.
+        """
+        return self._clip(torch.from_numpy(self.waveform(self.index.row(key))))
+
     def _room(self, num_samples: int) -> NDArray[np.float32]:
         """This thread's place for one clip, used again and again so that it stays in the cache."""
         room: NDArray[np.float32] | None = getattr(self._own, "room", None)

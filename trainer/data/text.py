@@ -345,7 +345,7 @@ class Subwords:
     def words(self, labels: Sequence[int]) -> list[tuple[str, int, int]]:
         names = self.names
         starts = [i for i, label in enumerate(labels) if i == 0 or names[label].startswith(SPACE)]
-        pairs = zip(starts, [*starts[1:], len(labels)], strict=True)
+        pairs = itertools.pairwise([*starts, len(labels)])
         found = [("".join(names[label] for label in labels[a:b]).lstrip(SPACE), a, b) for a, b in pairs]
         return [(word, a, b) for word, a, b in found if word]
 

@@ -65,7 +65,13 @@ def words(log_probs: Tensor, labels: Sequence[int], tokens: Tokens, frame_second
     Shape:
         log_probs: (T, V)
     """
-    aligned = spans(log_probs, labels)
+    return of_spans(spans(log_probs, labels), labels, tokens, frame_seconds)
+
+
+def of_spans(
+    aligned: Sequence[tuple[int, int, float]], labels: Sequence[int], tokens: Tokens, frame_seconds: float
+) -> list[Word]:
+    """The same of labels that are aligned already, see `spans`."""
     found = []
     for word, first, end in tokens.words(labels):
         part = aligned[first:end]

@@ -58,7 +58,8 @@ class BeamConfig(Config):
     weight: float = Field(0.6, ge=0)
     """Of the language model's log-probability."""
     word_score: float = 0.0
-    """Added for each word; without a lexicon, for each frame of a space, which is about the same."""
+    """Added for each word; without a lexicon, for each frame of a space, which is about the same, and where no label is
+    one it does nothing."""
     beam_size: PositiveInt = 50
     """Hypotheses that are kept after each frame."""
     rescore: RescoreConfig | None = None
@@ -101,6 +102,11 @@ class Beam:
         self._trie = self._lexicon(names) if self.model.vocabulary is not None else None
         self._search = self._searcher(config.weight, config.word_score)
         self._scorer = Scorer.load(config.rescore.run) if config.rescore else None
+
+    @property
+    def makes_words(self) -> bool:
+        """Whether the word score does anything: there is a lexicon, or a space between words."""
+        return self._trie is not None or self.space is not None
 
     def set_weights(self, weight: float, word_score: float) -> None:
         """Search with other weights from now on."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import math
 import os
 import sys
@@ -25,6 +26,8 @@ from trainer.data.vocabulary import Characters, Words
 from trainer.decoding.ngram import SPECIAL, UNKNOWN, estimate
 from trainer.errors import UserError
 from trainer.scoring import Scorer
+
+log = logging.getLogger(__name__)
 
 Units = Literal["labels", "words"]
 MAX_ORDER = 6
@@ -140,6 +143,13 @@ class RunLanguageModelConfig(Config):
                 "characters for labels that are characters, one by words, or decoder.rescore.run"
             )
         known = {c: i for i, c in enumerate(vocabulary.alphabet)}
+        if (unknown := [name for name in names[1:] if name not in known]) and not set(names[1:]) - {" ", *unknown}:
+            raise UserError(
+                f"decoder.language_model.run = {self.run}: has none of the recogniser's labels "
+                f"({' '.join(names[1:6])} ...); is it of another language?"
+            )
+        if unknown:
+            log.warning("decoder.language_model.run = %s lacks %s: they never come out", self.run, " ".join(unknown))
         return Loaded(RunLM(scorer, [None, *(known.get(name) for name in names[1:])]), None, 1.0)
 
 

@@ -45,13 +45,20 @@ class Trial:
     """Rate on the validation split."""
 
 
-def search(errors: Callable[[float, float], float], weight: float, word_score: float, rounds: int = 3) -> list[Trial]:
+def search(
+    errors: Callable[[float, float], float],
+    weight: float,
+    word_score: float,
+    rounds: int = 3,
+    axes: Sequence[int] = (0, 1),
+) -> list[Trial]:
     """Look for the two numbers with the fewest errors, one at a time, in steps that get smaller.
 
     Args:
         errors: (weight, word_score) -> rate.
         weight, word_score: where to begin.
         rounds: how often the steps are halved.
+        axes: which of the two are looked for.
 
     Returns:
         every setting that was tried; the best is the first of those with the lowest rate.
@@ -67,7 +74,7 @@ def search(errors: Callable[[float, float], float], weight: float, word_score: f
     attempt((weight, word_score))
     steps = (0.4, 1.0)
     for _ in range(rounds):
-        for axis in (0, 1):
+        for axis in axes:
             for sign in (1, -1):
                 while True:  # on, as long as it gets better
                     now = best(list(trials.values()))

@@ -44,6 +44,15 @@ class TransducerConfig(Config):
             raise ValueError("predictor.regularizers.fast_dropout: decoding has no moments to go on from; take null")
         return self
 
+    @model_validator(mode="after")
+    def _one_ctc_loss(self) -> "TransducerConfig":
+        if self.encoder.intermediate_ctc:
+            raise ValueError(
+                f"encoder.intermediate_ctc = {self.encoder.intermediate_ctc}: a transducer trains the encoder's last "
+                "layer by CTC (ctc), not its middle one; leave it out"
+            )
+        return self
+
 
 class Transducer(nn.Module):
     """Probabilities of the next label or blank, for each frame and each number of labels before.

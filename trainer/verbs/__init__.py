@@ -61,13 +61,9 @@ def find_run(name: str) -> "RunDirectory":
     Raises:
         UserError: there is no such run.
     """
-    from trainer.errors import UserError
     from trainer.run import RunDirectory
 
-    try:
-        return RunDirectory.existing(name)
-    except (OSError, ValueError) as error:  # a name that no folder can have
-        raise UserError(f"{name[:100]}: is no run directory: {error}") from error
+    return RunDirectory.existing(name)
 
 
 def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunDirectory, Recipe[Any], Split]":
@@ -79,23 +75,17 @@ def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunD
     Raises:
         UserError: no such run or split, or the weights do not fit.
     """
-    from trainer.config import differences, plain, show
+    from trainer.config import show
     from trainer.decoding.tuning import with_recorded
     from trainer.errors import UserError
-    from trainer.recipe import Split, from_plain
+    from trainer.recipe import Split, of_trained
 
     given, overrides = take(arguments.overrides, "split")
     split = next((s for s in get_args(Split) if s == (given or "test")), None)
     if split is None:
         raise UserError(f"the command line: split = {given!r}: wanted train, valid or test")
     run = find_run(arguments.run)
-    overrides = with_recorded(overrides, run)
-    saved = run.saved_config()
-    trained, recipe = from_plain(saved, show(run.config)), from_plain(saved, show(run.config), overrides)
-    changed = [d for d in differences(plain(trained.config), recipe.config) if d[0].startswith("model.")]
-    if changed:
-        lines = [f"the command line: {name} = {new!r}: the run was trained with {old!r}" for name, old, new in changed]
-        raise UserError("\n".join(lines) + "\na trained model keeps its shape: leave it out, or train another run")
+    recipe = of_trained(run.saved_config(), show(run.config), with_recorded(overrides, run))
     if weights:
         _check_shapes(run, recipe)
     return run, recipe, split

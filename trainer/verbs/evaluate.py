@@ -11,13 +11,9 @@ scored on the same split. `decoder=tuned` takes what the verb `tune` recorded.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.verbs import add_run, find_run, open_run, take
-
-if TYPE_CHECKING:
-    from trainer.recipe import Recipe
 
 RESAMPLE = ("utterances", "speakers")
 
@@ -41,13 +37,16 @@ def main(arguments: argparse.Namespace) -> int:
     run, recipe, split = open_run(arguments)
 
     from dataclasses import asdict
+    from functools import partial
 
     from rich.console import Console
 
     from trainer import checkpoint, distributed, word_errors
+    from trainer.config import show
     from trainer.data.dataset import Fault
     from trainer.data.plan import Rejection
     from trainer.evaluation import Evaluator, left_out, read_evaluation, write_evaluation
+    from trainer.gallery import write_gallery
     from trainer.metrics import error_rates
 
     # Read before this evaluation takes its place.
@@ -106,7 +105,11 @@ def main(arguments: argparse.Namespace) -> int:
         for line in compared(name, found, arguments.against):
             say(f"  {line}")
     if rates:
-        say(f"  the worst to listen to: {_gallery(folder / f'{split}.html', run.path.name, split, rows, recipe)}")
+        worst = folder / f"{split}.html"
+        write_gallery(
+            worst, f"{run.path.name}, {split}", rows, partial(recipe.media, evaluator.model, evaluator.dataset)
+        )
+        say(f"  the worst to listen to: {show(worst)}")
     return 0
 
 
@@ -174,15 +177,6 @@ def _tables(console: Any, rows: list[dict[str, Any]], result: dict[str, Any], ra
     pairs = sorted(pairs, key=lambda line: -int(line[2]))[:10]
     if pairs:
         show("The most frequent errors", ["reference", "hypothesis", "times"], pairs, numbers=1)
-
-
-def _gallery(path: Path, run: str, split: str, rows: list[dict[str, Any]], recipe: "Recipe[Any]") -> str:
-    """Write the page of the worst cases; returns what to say of it."""
-    from trainer.config import show
-    from trainer.gallery import write_gallery
-
-    write_gallery(path, f"{run}, {split}", rows, recipe.build_dataset(split))  # type: ignore[arg-type]
-    return show(path)
 
 
 def summary(values: dict[str, float]) -> list[str]:

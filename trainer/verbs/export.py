@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run directory, or its name under runs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="to=FOLDER (default: export/ of the run)")
     parser.epilog = (
-        "split=test, utterances=50: by which errors are counted, 0 for none; chunk_ms=80: sound a step; other "
-        "key=value, such as data.path=..., change the saved configuration"
+        "split=test, utterances=50: by which errors are counted, 0 for none; chunk_ms=80: sound a step, in whole "
+        "output frames; other key=value, such as data.path=..., change the saved configuration"
     )
 
 
@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
     from trainer.config import show
     from trainer.decoding.tuning import with_recorded
     from trainer.errors import UserError
-    from trainer.recipe import Recipe, from_plain
+    from trainer.recipe import Recipe, of_trained
     from trainer.transfer import export
 
     to, overrides = take(arguments.overrides, "to")
@@ -50,9 +50,9 @@ def main(arguments: argparse.Namespace) -> int:
     if split not in (None, "train", "valid", "test"):
         raise UserError(f"the command line: split = {split!r}: wanted train, valid or test")
     run = find_run(arguments.run)
-    recipe = from_plain(run.saved_config(), show(run.config), with_recorded(overrides, run))
+    recipe = of_trained(run.saved_config(), show(run.config), with_recorded(overrides, run))
     folder = Path(to) if to else run.path / "export"
-    facts = export(run, folder)
+    facts = export(run, folder, recipe.config)
     print(f"{show(folder / 'weights.pt')}: {facts['numbers']:,} numbers, step {facts['step']}")
     if type(recipe).recogniser is not Recipe.recogniser:
         _deploy(recipe, folder, chunk_ms, split or "test", utterances)
@@ -72,13 +72,16 @@ def _deploy(recipe: "Recipe[Any]", folder: Path, chunk_ms: int, split: str, coun
     from trainer.recogniser import open_weights
 
     _, weights, labels, _ = open_weights(folder)
-    recogniser = recipe.recogniser(weights, labels, folder)
-    if (reason := recogniser.cannot_stream()) is not None:
+    try:
+        recogniser = recipe.recogniser(weights, labels, folder)
+        reason = recogniser.cannot_stream()
+    except UserError as error:  # features without sound, or a decoder that cannot be had here
+        reason = str(error)
+    if reason is not None:
         print(f"no streaming step: {reason}")
         return
-    frame_ms = 1000 * recogniser.hop / recogniser.sample_rate_hz
-    if chunk_ms % frame_ms:
-        raise UserError(f"the command line: chunk_ms = {chunk_ms}: wanted a multiple of {frame_ms:g}, an output frame")
+    frames = deployment.chunk_frames(recogniser, chunk_ms)
+    samples = frames * recogniser.features.hop
     known: list[Utterance] = []
     try:
         known = recipe.utterances(split, count) if count else []  # type: ignore[arg-type]
@@ -87,12 +90,11 @@ def _deploy(recipe: "Recipe[Any]", folder: Path, chunk_ms: int, split: str, coun
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        frames = round(chunk_ms * recogniser.sample_rate_hz / 1000) // recogniser.features.hop
         rows = deployment.deploy(recogniser, folder, frames, known, print)
     finally:
         torch.set_num_threads(threads)
     told = f"{len(known)} utterances of {split}" if known else "no errors counted"
-    table = Table(title=f"A chunk of {chunk_ms} ms, one thread; {told}")
+    table = Table(title=f"A chunk of {1000 * samples / recogniser.sample_rate_hz:.4g} ms, one thread; {told}")
     for heading in ("", "MB", "ms a chunk", "real-time factor", "difference", "CER %", "WER %"):
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
@@ -101,6 +103,6 @@ def _deploy(recipe: "Recipe[Any]", folder: Path, chunk_ms: int, split: str, coun
         table.add_row(row.name, f"{row.megabytes:.2f}", *speed, *rates)
     Console().print(table)
     facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-    facts |= {"chunk_samples": frames * recogniser.features.hop, "sample_rate_hz": recogniser.sample_rate_hz}
+    facts |= {"chunk_samples": samples, "sample_rate_hz": recogniser.sample_rate_hz}
     facts |= {"forms": [asdict(row) for row in rows]}
     (folder / "export.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -52,6 +52,8 @@ def _print(config_name: str, overrides: list[str], world_size: int, what: str = 
     from rich.text import Text
 
     from trainer import distributed
+    from trainer.data.speech import SpeechDataConfig
+    from trainer.errors import UserError
     from trainer.evaluation import left_out
     from trainer.models.regularizers import penalises_weights
     from trainer.recipe import load
@@ -59,7 +61,13 @@ def _print(config_name: str, overrides: list[str], world_size: int, what: str = 
 
     recipe = load(config_name, overrides)
     config = recipe.config
-    dataset = recipe.build_dataset("train")
+    try:
+        dataset = recipe.build_dataset("train")
+    except UserError as error:
+        data = getattr(config, "data", None)
+        if isinstance(data, SpeechDataConfig) and not (data.path / "corpus.json").is_file():
+            raise UserError(f"{error}; or plan as many made-up ones: `plan {config_name} utterances=N`") from error
+        raise
     known = read_quarantine(config.quarantine, "train")
     steps = dataset.plan.epoch(0, [fault.key for fault in known])
     size = dataset.plan.micro_batches_per_step

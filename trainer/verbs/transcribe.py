@@ -7,7 +7,7 @@
 `-` is standard input: WAV, or 16-bit samples of one channel (--rate says how many a second, if not the model's).
 `microphone` needs the extra of that name. A model that runs forward gets the sound chunk by chunk; a line is printed
 whenever the text changes, with how far the decided part lies behind the sound that came. One that needs the whole of a
-recording (both directions) takes files alone, long ones in windows.
+recording (both directions) takes files alone, long ones in windows. `--words` adds time and confidence of each word.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.decoding.alignment import Word
     from trainer.recogniser import Recogniser
 
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
@@ -37,15 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-ms", type=float, default=80.0, help="sound that is taken at a time (default 80)")
     parser.add_argument("--rate", type=int, help="samples a second of standard input without a header")
     parser.add_argument("--final", action="store_true", help="no partial results")
+    parser.add_argument("--words", action="store_true", help="each word with its start, end and confidence, too")
     parser.add_argument("--threads", type=int, default=1, help="of the processor (default 1)")
 
 
 def main(arguments: argparse.Namespace) -> int:
     from trainer.errors import UserError
 
-    for name in ("chunk_ms", "rate", "threads"):
-        if (value := getattr(arguments, name)) is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: wanted more than 0")
+    for name, most in (("chunk_ms", 60_000), ("rate", 10**6), ("threads", 1024)):
+        if (value := getattr(arguments, name)) is not None and not 0 < value <= most:  # nan is not, either
+            raise UserError(f"--{name.replace('_', '-')} {value}: wanted more than 0 and at most {most}")
 
     import torch
 
@@ -70,15 +72,23 @@ def main(arguments: argparse.Namespace) -> int:
         else:
             blocks = sounds.of_file(Path(name), rate, seconds)
         if reason is None:
-            _stream(recogniser, name, blocks, not arguments.final, live)
+            _stream(recogniser, name, blocks, not arguments.final, live, arguments.words)
         else:
-            _whole(recogniser, name, blocks)
+            _whole(recogniser, name, blocks, arguments.words)
     return 0
 
 
-def _stream(recogniser: "Recogniser", name: str, blocks: "Iterator[Tensor]", partial: bool, live: bool) -> None:
+def _print(name: str, text: str, words: "list[Word]") -> None:
+    print(f"{name}: {text}", flush=True)
+    for word in words:
+        print(f"{word.start:8.2f} {word.end:8.2f}  {word.confidence:.2f}  {word.word}", flush=True)
+
+
+def _stream(
+    recogniser: "Recogniser", name: str, blocks: "Iterator[Tensor]", partial: bool, live: bool, words: bool
+) -> None:
     """One recording, chunk by chunk; a live one ends with Ctrl-C, too."""
-    stream = recogniser.stream()
+    stream = recogniser.stream(timed=words)
     shown, times = "", []
     first: tuple[float, float] | None = None
     with contextlib.suppress(*([KeyboardInterrupt] if live else [])):
@@ -99,7 +109,7 @@ def _stream(recogniser: "Recogniser", name: str, blocks: "Iterator[Tensor]", par
     start = time.perf_counter()
     text = stream.finish()
     work = sum(times) + time.perf_counter() - start
-    print(f"{name}: {text}", flush=True)
+    _print(name, text, stream.words)
     told = f"{stream.seconds:.2f} s of sound in {work:.3f} s: real-time factor {work / max(stream.seconds, 1e-9):.4f}"
     if times:
         told += f"; a chunk takes {1000 * statistics.median(times):.2f} ms, the longest {1000 * max(times):.2f}"
@@ -108,16 +118,16 @@ def _stream(recogniser: "Recogniser", name: str, blocks: "Iterator[Tensor]", par
     print(told, file=sys.stderr, flush=True)
 
 
-def _whole(recogniser: "Recogniser", name: str, blocks: "Iterator[Tensor]") -> None:
+def _whole(recogniser: "Recogniser", name: str, blocks: "Iterator[Tensor]", words: bool) -> None:
     """One recording by a model that needs the whole of it."""
-    heard = recogniser.hypothesis()
+    heard = recogniser.hypothesis(timed=words)
     start = time.perf_counter()
     for part in recogniser.pieces(blocks):
         heard.push(part)
     heard.finish()
     work = time.perf_counter() - start
     seconds = heard.frames * recogniser.frame_seconds
-    print(f"{name}: {recogniser.tokens.decode(heard.labels)}", flush=True)
+    _print(name, recogniser.tokens.decode(heard.labels), heard.words(recogniser.tokens))
     print(
         f"{seconds:.2f} s of sound in {work:.3f} s, reading and all: real-time factor {work / max(seconds, 1e-9):.4f}; "
         f"no partial results: {recogniser.cannot_stream()}",

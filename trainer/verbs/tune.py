@@ -50,21 +50,25 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         evaluator = Evaluator(recipe, "valid", ranks)
         best.check_shapes(checkpoint.shapes_of(evaluator.model))
+        best.check_data({"train": {k: v for k, v in evaluator.dataset.identity.items() if k != "samples"}})
         rows = evaluator.run(best.weights()).rows
     finally:
         distributed.stop()
     references = [row.columns["reference"].split() for row in rows]
     length = sum(map(len, references))
+    if not length:
+        raise UserError(f"{run.path.name}: no words of the split valid can be scored, so nothing tells decoders apart")
     greedy = sum(edits(r, row.columns["hypothesis"].split()).total for r, row in zip(references, rows, strict=True))
 
     def errors(weight: float, word_score: float) -> float:
         beam.set_weights(weight, word_score)
         found = (recipe.scored(recipe.tokens.decode(beam.best(u))) for u in recorder.utterances)
-        return sum(edits(r, text.split()).total for r, text in zip(references, found, strict=True)) / max(length, 1)
+        return sum(edits(r, text.split()).total for r, text in zip(references, found, strict=True)) / length
 
     started = time.monotonic()
     console = Console()
-    trials = tuning.search(errors, decoder.weight, decoder.word_score)
+    axes = (0, 1) if beam.makes_words else (0,)
+    trials = tuning.search(errors, decoder.weight, decoder.word_score, axes=axes)
     chosen = tuning.best(trials)
     for trial in trials:
         line = f"weight {trial.weight:g}, word score {trial.word_score:g}: {100 * trial.error:.2f} %"
@@ -76,12 +80,12 @@ def main(arguments: argparse.Namespace) -> int:
         "samples": len(rows),
         "step": best.state["position"]["step"],
         "word_errors": round(chosen.error, 6),
-        "word_errors_greedy": round(greedy / max(length, 1), 6),
+        "word_errors_greedy": round(greedy / length, 6),
         "trials": len(trials),
     }
     tuning.record(run, values, facts)
     console.print(
-        f"valid, {len(rows)} samples: greedy {100 * greedy / max(length, 1):.2f} % of words wrong, with weight "
+        f"valid, {len(rows)} samples: greedy {100 * greedy / length:.2f} % of words wrong, with weight "
         f"{chosen.weight:g} and word score {chosen.word_score:g} {100 * chosen.error:.2f} % ({len(trials)} settings in "
         f"{seconds:.0f} s)",
         highlight=False,
