@@ -454,7 +454,7 @@ def no_media(ranks: Any, arguments: list[str]) -> dict[str, Any]:
 
     tables = []
     SpeechDataset.media = fail
-    Tracker.table = lambda *a: tables.append(a[-1])
+    Tracker.table = lambda *a: tables.append(list(a[-1]))
     return fit(ranks, arguments) | {"tables": tables}
 
 
