@@ -22,7 +22,12 @@ from trainer.launch import GPU_DEVICES
 
 PROJECT = Path(__file__).resolve().parent.parent  # as in trainer.config, which imports pydantic
 # Where the name of a package is not that of its module.
-IMPORTS = {"pyyaml": "yaml", "pillow": "PIL", "ufal-flashlight-text": "flashlight.lib.text.decoder"}
+IMPORTS = {
+    "pyyaml": "yaml",
+    "pillow": "PIL",
+    "ufal-flashlight-text": "flashlight.lib.text.decoder",
+    "zlib-ng": "zlib_ng",
+}
 OURS = ("kernels", "trainer", "recipes")
 MIN_SHARED_MEGABYTES = 64
 MIN_DISK_GIGABYTES = 1.0
