@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import cpu, reference
+from kernels import cpu, products, reference
 from kernels.ops import pack, recurrence
 from kernels.reference import GATES, hash24
 
@@ -175,7 +175,8 @@ def dense_bench(cell: str, batch: int, hidden: int, bfloat16: bool = False, **wa
 
     def layer(run: Function, **more: Any) -> Function:
         def function(x: Tensor, weight: Tensor, weight_ih: Tensor, bias_ih: Tensor, bias_hh: Tensor) -> Tensor:
-            return run(nn.functional.linear(x, weight_ih, bias_ih), weight, bias_hh, **more)
+            u = products.linear(x.flatten(0, 1), weight_ih, bias_ih).unflatten(0, x.shape[:2])  # as layers take it
+            return run(u, weight, bias_hh, **more)
 
         return function
 

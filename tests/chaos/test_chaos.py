@@ -357,7 +357,7 @@ def test_sbatch_survives_a_kill_and_a_preemption(
     job = re.findall(r"\d+", slurm("sbatch", "-N2", f"--output={run.output}", "launch.sh", *run.arguments))[0]
 
     def reach(step: int) -> None:
-        wait_for(lambda: run.step() >= step, f"step {step}\n{run.output.exists() and run.text()[-3000:]}", pause=0.1)
+        wait_for(lambda: run.step() >= step, f"step {step}", pause=0.1, said=run.text)
 
     def state() -> str:
         return re.findall(r"JobState=(\w+)", slurm("scontrol", "show", "job", job))[0]
@@ -368,14 +368,14 @@ def test_sbatch_survives_a_kill_and_a_preemption(
         assert {environment_of(pid).count(b"SLURMD_NODENAME=nodeb") for pid in ranks} == {0, 1}
         before = inode(run)
         run.hurt([run.ranks()[-1]])
-        wait_for(lambda: inode(run) != before, f"a new start\n{run.text()[-3000:]}")
+        wait_for(lambda: inode(run) != before, "a new start", said=run.text)
         reach(run.step() + 4)
         slurm("scancel", "--signal=TERM", job)
-        wait_for(lambda: "is requeued" in run.text(), "the requeue")
-        wait_for(lambda: state() == "PENDING", "the job in the queue", pause=0.5)
-        wait_for(lambda: not run.ranks(), "orphans")
+        wait_for(lambda: "is requeued" in run.text(), "the requeue", said=run.text)
+        wait_for(lambda: state() == "PENDING", "the job in the queue", pause=0.5, said=run.text)
+        wait_for(lambda: not run.ranks(), "orphans", said=run.text)
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # instead of two minutes
-        wait_for(lambda: state() == "COMPLETED", "the end", pause=0.5)
+        wait_for(lambda: state() == "COMPLETED", "the end", pause=0.5, said=run.text)
     finally:
         if state() not in ("COMPLETED", "FAILED"):
             slurm("scancel", job)
@@ -405,12 +405,12 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
         return re.findall(rf"\b{name}=(\w+)", slurm("scontrol", "show", "job", job))[0]
 
     try:
-        wait_for(lambda: run.step() >= 6, f"step 6\n{run.output.exists() and run.text()[-3000:]}", pause=0.1)
+        wait_for(lambda: run.step() >= 6, "step 6", pause=0.1, said=run.text)
         assert f"{processes} process(es)" in run.text()
     finally:
         slurm("scancel", job)
-    wait_for(lambda: "is requeued, unless it was cancelled" in run.text(), "the end of the job")
-    wait_for(lambda: told("JobState") != "COMPLETING" and not run.ranks(), "the end of the job", pause=0.5)
+    wait_for(lambda: "is requeued, unless it was cancelled" in run.text(), "the last word", said=run.text)
+    wait_for(lambda: told("JobState") != "COMPLETING" and not run.ranks(), "the end", pause=0.5, said=run.text)
     assert (told("JobState"), told("Restarts")) == ("CANCELLED", "0")
     assert "stopped by a signal" in run.text()
 

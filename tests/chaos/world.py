@@ -58,11 +58,17 @@ def environment_of(pid: int) -> bytes:
     return b""
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE, pause: float = 0.01) -> float:
-    """Wait until something is so; the seconds that took."""
+def wait_for(
+    condition: Callable[[], bool],
+    what: str,
+    seconds: float = PATIENCE,
+    pause: float = 0.01,
+    said: Callable[[], str] = str,
+) -> float:
+    """Wait until something is so; the seconds that took. `said`: what a failure shows the end of."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < seconds, f"{what}: not in {seconds:g} s"
+        assert time.monotonic() - start < seconds, f"{what}: not in {seconds:g} s\n{said()[-3000:]}"
         time.sleep(pause)
     return time.monotonic() - start
 
@@ -183,7 +189,7 @@ class Run:
         return self
 
     def text(self) -> str:
-        return self.output.read_text(errors="replace")
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def step(self) -> int:
         """The last one that is on record."""

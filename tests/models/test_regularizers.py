@@ -31,7 +31,18 @@ from trainer.models.regularizers.noise import (
     uniform,
 )
 from trainer.models.rnn import RNN, RNNConfig
-from trainer.models.structure import BandedConfig, BlockDiagonalConfig, DenseConfig, DiagonalConfig, Structure
+from trainer.models.structure import (
+    BandedConfig,
+    BlockDiagonalConfig,
+    DenseConfig,
+    DiagonalConfig,
+    LowRankConfig,
+    PermutedBlockDiagonalConfig,
+    Structure,
+)
+from trainer.models.structure import (
+    SparseConfig as SparseStructureConfig,
+)
 from trainer.run import read_ledger, read_lines
 
 SIZE, FRAMES = 12, 9
@@ -363,6 +374,31 @@ def test_max_norm_is_a_parametrisation(structure: Any) -> None:
     assert logged(rnn)["norm/layers.0.0"] == pytest.approx(max(norms), rel=1e-5)
     forward(rnn.train()).square().sum().backward()
     assert way.weight_ih.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        DenseConfig(),
+        BlockDiagonalConfig(num_blocks=3),
+        PermutedBlockDiagonalConfig(num_blocks=3),
+        DiagonalConfig(),
+        BandedConfig(half_width=2),
+        LowRankConfig(rank=2),
+        SparseStructureConfig(density=0.5),
+    ],
+    ids=kind,
+)
+def test_plain_weights_are_those_within_the_largest_norm(structure: Any) -> None:
+    """What is analysed, disturbed and exported is what an evaluation computes with, of any structure."""
+    rnn = stack({"max_norm": 0.2}, structure=structure).eval()
+    want = forward(rnn)
+    (way,) = rnn.layers[0]
+    free = way.weight_hh.dense().detach().clone()
+    way.make_plain()
+    torch.testing.assert_close(forward(rnn), want)
+    assert way.weight_hh.dense().norm(dim=1).max() <= 0.2 + 1e-6 < free.norm(dim=1).max()
+    assert way.weight_ih.norm(dim=1).max() <= 0.2 + 1e-6
 
 
 # Fast dropout

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from trainer import keyed
 from trainer.analysis import estimates
@@ -163,8 +162,7 @@ def drawn(batch: Batch, shape: Sequence[int], kind: str, seed: int, normal: bool
 def plain_weights(model: nn.Module) -> None:
     """Give each recurrence its matrix as it is, in place of what it is made of: anything may be added to it then."""
     for _, layer in recurrences(model):
-        if parametrize.is_parametrized(layer.weight_hh, "weight"):
-            parametrize.remove_parametrizations(layer.weight_hh, "weight", leave_parametrized=True)
+        layer.make_plain()
     model.requires_grad_(False)
 
 
@@ -255,7 +253,7 @@ def normalised_score(judge: Judge, of: estimates.Size) -> Score:
     deltas = {}
     for name, layer in recurrences(judge.model):
         factors = torch.tensor([estimates.scale(a, of) for a in gate_matrices(layer).values()])
-        deltas[name] = layer.weight_hh.scaled(factors) - layer.weight_hh.weight
+        deltas[name] = layer.weight_hh.scaled(factors[:, None].float()) - layer.weight_hh.weight
     with weights_changed(judge.model, deltas):
         return judge.score()
 

@@ -437,8 +437,10 @@ class SpeechDataset:
             place = _Place(name, keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0)
             places.append(place)
             with reading(self._names[self.index.shard[row]], name):
+                # What is not played faster or slower needs no other place than its own.
+                own = audio[b].numpy() if speed == 1.0 and self.config.features.where == "model" else room
                 try:
-                    wave, place.labels = self._sample(row, speed, room)
+                    wave, place.labels = self._sample(row, speed, own)
                     if self.wave_augment is not None:
                         wave = self.wave_augment(wave, place.noise_key)
                     if not self.training:
@@ -496,7 +498,8 @@ class SpeechDataset:
             place.length = len(self.log_mel.clip(wave, row))
         else:
             place.length = len(wave)
-            row[: place.length] = wave
+            if wave.data_ptr() != row.data_ptr():
+                row[: place.length] = wave
         place.seconds, place.checksum = len(wave) / self.config.rate_hz, checksum(wave.numpy())
         row[place.length :] = 0
 

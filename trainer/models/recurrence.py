@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import kernels
 from kernels import products, reference
@@ -20,6 +21,7 @@ from trainer.models.linear import linear, recurrent_term, reverse_rows
 from trainer.models.normalization import frame_mask
 from trainer.models.parametrizations import attach
 from trainer.models.regularizers import Drawn, Regularizer
+from trainer.models.regularizers.dropout import bounded_rows
 from trainer.models.structure import Structure
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ class RecurrentLayer(nn.Module):
         super().__init__()
         self.cell, self.structure = config.cell, config.structure.kind
         self.reverse, self.name = reverse, name
-        self._regularizer = (regularizer,)  # in a tuple, as it is the stack's submodule and not this one's
+        # In a tuple, as it is the stack's submodule and not this one's.
+        self._regularizer: tuple[Regularizer | None] = (regularizer,)
         self.input_initialization = config.input_initialization
         self.hidden_size = config.hidden_size
         self.input_range = config.input_range or config.hidden_size**-0.5
@@ -104,6 +107,19 @@ class RecurrentLayer(nn.Module):
             regularizer.weights(self.weight_ih, f"{self.name}.weight_ih", recurrent=False),
             regularizer.weights(matrix, f"{self.name}.weight_hh", recurrent=True, sparse=not self.weight_hh.has_kernel),
         )
+
+    @torch.no_grad()
+    def make_plain(self) -> None:
+        """Put the weights that an evaluation sees in place of what makes them, parametrisations and largest norms, so
+        that anything may be added to them. They are no longer those of a checkpoint by name."""
+        structure, (regularizer,) = self.weight_hh, self._regularizer
+        if parametrize.is_parametrized(structure, "weight"):
+            parametrize.remove_parametrizations(structure, "weight", leave_parametrized=True)
+        if regularizer is not None and (largest := regularizer.config.max_norm) is not None:
+            rows = structure.dense().norm(dim=1).view(structure.num_gates, -1)
+            structure.weight.copy_(structure.scaled((largest / rows).clamp_max(1.0)))
+            self.weight_ih.copy_(bounded_rows(self.weight_ih, largest))
+        self._regularizer = (None,)
 
 
 SHORT = 32

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import kernels
 from trainer.models.acoustic import AcousticModel
@@ -25,11 +24,9 @@ def for_inference(model: AcousticModel) -> AcousticModel:
     Its weights are no longer those of a checkpoint by name, and must not be changed.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     model.middle_output = None
     for layer in model.rnn.recurrent_layers():
+        layer.make_plain()
         matrix = layer.weights()[1]
         if matrix.ndim == 4 and kernels.is_fast(matrix, layer.cell.name):
             layer.packed = kernels.pack(matrix, layer.cell.name)

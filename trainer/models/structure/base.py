@@ -89,8 +89,8 @@ class Structure(nn.Module):
         return matrix.reshape(-1).index_fill(0, self._places.to(matrix.device), 0.0).view(matrix.shape)
 
     def scaled(self, factors: Tensor) -> Tensor:
-        """`weight` with the matrix of each gate multiplied by a number of `factors` (G,)."""
-        return (self.weight.reshape(self.num_gates, -1) * factors[:, None]).view(self.weight.shape)
+        """`weight` with each row of the matrices multiplied by a number of `factors`, (G, H) or (G, 1)."""
+        return self.part_of(self.dense() * factors.expand(-1, self.hidden_size).reshape(-1, 1))
 
     def num_weights(self) -> int:
         """Free numbers: what is trained and saved."""

@@ -45,7 +45,7 @@ class LowRank(Structure):
 
     def scaled(self, factors: Tensor) -> Tensor:
         a, b = self.weight
-        return torch.stack([a * factors[:, None, None], b])
+        return torch.stack([a * factors[..., None], b])
 
     def dense(self) -> Tensor:
         a, b = self.weight
