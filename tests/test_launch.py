@@ -15,7 +15,7 @@ import pytest
 from tests.helpers import overrides
 from trainer import checkpoint
 from trainer.config import PROJECT
-from trainer.signals import StopSignals
+from trainer.signals import STOP_SIGNALS, StopSignals
 
 PATIENCE = 120.0
 
@@ -190,7 +190,7 @@ def test_a_signal_repeated_at_once_is_one_request(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "_exit", ended.append)
     now = [100.0]
     monkeypatch.setattr("trainer.signals.time.monotonic", lambda: now[0])
-    before = signal.getsignal(signal.SIGTERM)
+    before = {name: signal.getsignal(name) for name in STOP_SIGNALS}
     with StopSignals() as outer, outer as signals:
         for later in (0.0, 0.5, 1.9):
             now[0] = 100.0 + later
@@ -200,7 +200,24 @@ def test_a_signal_repeated_at_once_is_one_request(monkeypatch: pytest.MonkeyPatc
         now[0] = 102.5
         signal.raise_signal(signal.SIGUSR1)
         assert ended == [128 + signal.SIGUSR1]
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+    for name in STOP_SIGNALS:
+        signal.signal(name, before[name])
+
+
+@pytest.mark.parametrize(("asked", "code"), [(True, 75), (False, -signal.SIGTERM)])
+def test_a_request_heard_again_at_the_end_takes_no_exit_code(asked: bool, code: int) -> None:
+    """A scheduler's signal reaches a rank from several sides, the last of them when it has saved and is leaving."""
+    program = f"""
+import signal, sys
+from trainer.signals import STOP_SIGNALS, StopSignals
+with StopSignals():
+    if {asked}:
+        signal.raise_signal(signal.SIGTERM)
+signal.raise_signal(signal.SIGTERM)
+sys.exit(75)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=PROJECT).returncode == code
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ PR_SET_PDEATHSIG = 1
 class StopSignals:
     """Catches SIGTERM, SIGUSR1 and SIGINT: the first asks the loop to save and stop, a later one ends at once.
 
-    It may be entered again where it is in force already.
+    It may be entered again where it is in force already. Once asked it stays in force, since the process is about to
+    end: the same request, heard again at that time, must not take its exit code.
 
     Attributes:
         received: the first signal that came.
@@ -40,7 +41,10 @@ class StopSignals:
             os._exit(128 + number)
 
     def __exit__(self, *_: object) -> None:
-        for name, handler in self._old.pop().items():
+        old = self._old.pop()
+        if self.received is not None and not self._old:
+            return
+        for name, handler in old.items():
             signal.signal(name, handler)
 
 
