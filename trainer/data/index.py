@@ -130,6 +130,7 @@ class Index:
         self.num_samples: NDArray[np.uint32] = merged["num_samples"]
         self.label_length: NDArray[np.uint32] = merged["label_length"]
         self.ctc_frames: NDArray[np.uint32] = merged["ctc_frames"]
+        self._numbers = [(name, merged[name], BLOCK if name in _BLOCKS else 1) for name in NUMBERS]
         self.keys: Sequence[str] = Rows(len(self), self._key)
         self.entries: Sequence[Entry] = Rows(len(self), self._entry)
         self.shard: Sequence[int] = Rows(len(self), self._shard)
@@ -143,8 +144,7 @@ class Index:
         return bytes(self._columns["key_bytes"][start : int(ends[row])]).decode()
 
     def _entry(self, row: int) -> Entry:
-        numbers = {name: int(self._columns[name][row]) * (BLOCK if name in _BLOCKS else 1) for name in NUMBERS}
-        return Entry(key=self._key(row), **numbers)
+        return Entry(key=self._key(row), **{name: int(column[row]) * unit for name, column, unit in self._numbers})
 
     def _shard(self, row: int) -> int:
         return int(np.searchsorted(self.shard_end, row, side="right"))

@@ -394,7 +394,9 @@ class SpeechDataset:
             return None
         return None if speaker is None else str(speaker)
 
-    def _sample(self, row: int, speed: float, room: NDArray[np.float32] | None = None) -> tuple[Tensor, list[int]]:
+    def _sample(
+        self, row: int, speed: float, entry: Entry | None = None, room: NDArray[np.float32] | None = None
+    ) -> tuple[Tensor, list[int]]:
         """Waveform as the model gets it, and labels.
 
         Args:
@@ -403,7 +405,7 @@ class SpeechDataset:
         Raises:
             AudioError: something is wrong with it.
         """
-        entry = self.index.entries[row]
+        entry = entry or self.index.entries[row]
         samples = torch.from_numpy(self.waveform(row, entry, room))
         try:
             labels = self.tokens.encode(self.text(row, entry))
@@ -433,14 +435,15 @@ class SpeechDataset:
         room = self._room(int(self.index.num_samples[list(micro_batch.samples)].max()))
         places, faults = [], []
         for b, (row, speed) in enumerate(zip(micro_batch.samples, micro_batch.speeds, strict=True)):
-            name = self.index.keys[row]
+            entry = self.index.entries[row]
+            name = entry.key
             place = _Place(name, keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0)
             places.append(place)
             with reading(self._names[self.index.shard[row]], name):
                 # What is not played faster or slower needs no other place than its own.
                 own = audio[b].numpy() if speed == 1.0 and self.config.features.where == "model" else room
                 try:
-                    wave, place.labels = self._sample(row, speed, own)
+                    wave, place.labels = self._sample(row, speed, entry, own)
                     if self.wave_augment is not None:
                         wave = self.wave_augment(wave, place.noise_key)
                     if not self.training:
@@ -494,14 +497,16 @@ class SpeechDataset:
 
     def _fill(self, row: Tensor, place: "_Place", wave: Tensor) -> None:
         """All that is to be computed of a clip, and zeros after it."""
+        num_samples = len(wave)
         if self.config.features.where == "worker":
             place.length = len(self.log_mel.clip(wave, row))
         else:
-            place.length = len(wave)
+            place.length = num_samples
             if wave.data_ptr() != row.data_ptr():
-                row[: place.length] = wave
-        place.seconds, place.checksum = len(wave) / self.config.rate_hz, checksum(wave.numpy())
-        row[place.length :] = 0
+                row[:num_samples] = wave
+        place.seconds, place.checksum = num_samples / self.config.rate_hz, checksum(wave.numpy())
+        if place.length < len(row):
+            row[place.length :] = 0
 
     def _finish(self, audio: Tensor, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
         lengths = torch.tensor([place.length for place in places])
