@@ -121,6 +121,8 @@ def test_the_commands_of_the_document_and_what_they_leave(run: Path, corpus: Pat
     assert "recorded in runs/speech-tones/decoder.yaml" in told
     found = read_evaluation(tmp_path / "runs/speech-tones/evaluation/test.json")
     assert set(found["errors"]) == {"cer", "wer"}
+    assert "decoder=tuned" in found["settings"]  # the report says so beside the figure
+    assert ", decoder=tuned" in told
     assert all(row["facts"]["seconds"] > 0 for row in found["rows"])
     for row in found["rows"]:
         words = row["facts"]["words"]

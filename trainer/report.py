@@ -114,7 +114,9 @@ def _facts(
     metrics, monitor = evaluations.get(split, {}).get("metrics", {}), recipe.monitor
     if metrics.get(monitor) is not None:
         value = f"{100 * metrics[monitor]:.2f} %" if monitor in error_rates(metrics) else f"{metrics[monitor]:.4g}"
-        boxes.append((f"{monitor.upper()} on {split}, step {evaluations[split].get('step', '?')}", value))
+        found = evaluations[split]
+        told = [f"{monitor.upper()} on {split}", f"step {found.get('step', '?')}", *found.get("settings", [])]
+        boxes.append((", ".join(told), value))
     lead = "".join(f"<div class=head><b>{escape(v)}</b>{escape(k)}</div>" for k, v in boxes)
     if not lead:
         what = "holds no sample that could be scored" if split in evaluations else "is not evaluated yet"
@@ -155,7 +157,9 @@ def _curves(figures: dict[str, Figure], folder: Path) -> str:
 
 def _errors(evaluations: dict[str, dict[str, Any]], valid: Rows) -> str:
     sources = {
-        f"{split}, step {e.get('step', '?')}, {e.get('scored', len(e['rows']))} samples": e["metrics"]
+        ", ".join(
+            [split, f"step {e.get('step', '?')}", f"{e.get('scored', len(e['rows']))} samples", *e.get("settings", [])]
+        ): e["metrics"]
         for split, e in evaluations.items()
     }
     if valid:

@@ -49,6 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
     from trainer.gallery import write_gallery
     from trainer.metrics import error_rates
 
+    _, settings = take(arguments.overrides, "split")
     # Read before this evaluation takes its place.
     theirs = None
     if arguments.against is not None:
@@ -74,6 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
         "step": position["step"],
         "scored": evaluation.scored,
         "total": total,
+        "settings": settings,
         "left_out": [{"key": m.key, "reason": m.reason} for m in missing],
         "metrics": evaluation.values,
     }
@@ -95,7 +97,7 @@ def main(arguments: argparse.Namespace) -> int:
     if missing:
         say(f"left out: {left_out(missing)}")
     scored = f"{evaluation.scored} of {total} samples scored"
-    say(f"{run.path.name}, {split}, {scored}, step {position['step']}:")
+    say(", ".join([run.path.name, split, scored, f"step {position['step']}", *settings]) + ":")
     for line in summary(evaluation.values):
         say(f"  {line}")
     for name in rates:
