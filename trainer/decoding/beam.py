@@ -55,8 +55,8 @@ class BeamConfig(Config):
     kind: Literal["beam"] = "beam"
     language_model: LanguageModelConfig | None = NgramConfig()
     """Null: none."""
-    weight: float = Field(0.6, ge=0)
-    """Of the language model's log-probability."""
+    weight: float = Field(1.0, ge=0)
+    """Of the language model's log-probability; the default is what validations of the default recipe like best."""
     word_score: float = 0.0
     """Added for each word; without a lexicon, for each frame of a space, which is about the same, and where no label is
     one it does nothing."""
