@@ -341,7 +341,7 @@ def _checked(samples: NDArray[np.float32], finite: bool) -> NDArray[np.float32]:
 
 def checksum(values: NDArray[np.float32]) -> int:
     """CRC-32 of an array's bytes."""
-    return int(zlib_ng.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
+    return int(zlib_ng.crc32(np.ascontiguousarray(values)))
 
 
 def decode_matrix(content: bytes, num_bands: int) -> NDArray[np.float32]:

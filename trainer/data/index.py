@@ -147,7 +147,7 @@ class Index:
         return Entry(key=self._key(row), **{name: int(column[row]) * unit for name, column, unit in self._numbers})
 
     def _shard(self, row: int) -> int:
-        return int(np.searchsorted(self.shard_end, row, side="right"))
+        return int(self.shard_end.searchsorted(row, side="right"))
 
     def row(self, key: str) -> int:
         """Row of a sample.
