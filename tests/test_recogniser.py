@@ -37,12 +37,12 @@ def sound(seconds: float, rate: int = 16000) -> np.ndarray:
     return (0.3 * np.sin(2e3 * t * (1 + 0.3 * np.sin(3 * t))) + 0.02 * generator.standard_normal(len(t))).astype("f4")
 
 
-def build(directions: str = "forward", decoder=None) -> Recogniser:
+def build(directions: str = "forward", decoder=None, **features: object) -> Recogniser:
     config = AcousticConfig(
         rnn=RNNConfig(hidden_size=12, num_layers=2, directions=directions),
         lookahead_frames=2 if directions == "forward" else 0,
     )
-    model = AcousticModel(config, FeaturesConfig(num_bands=20).build(16000), len(LETTERS) + 1)
+    model = AcousticModel(config, FeaturesConfig(num_bands=20, **features).build(16000), len(LETTERS) + 1)
     initialise(model, 0)
     torch.nn.init.normal_(model.output.weight, std=3.0, generator=torch.Generator().manual_seed(1))  # not one letter
     return Recogniser(model, Characters(LETTERS), 16000, decoder)
@@ -78,6 +78,14 @@ def test_a_stream_ends_with_the_text_of_the_whole(size: int) -> None:
     as_integers = made.stream()
     as_integers.push((wave * 32768).astype(np.int16))
     assert as_integers.finish()
+
+
+def test_a_mean_over_the_clip_does_not_stream() -> None:
+    made, wave = build(clip_mean=True), sound(2)
+    with pytest.raises(UserError, match=r"data\.features\.clip_mean = true"):
+        made.stream()
+    parts = list(made.pieces(sounds.of_samples(torch.from_numpy(wave), 16000, 16000)))
+    torch.testing.assert_close(torch.cat(parts), made.log_probs(wave))
 
 
 def test_a_decoder_has_the_last_word_at_each_pause() -> None:

@@ -80,8 +80,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_combination_is_a_run_and_the_table_has_them(whole: Path) -> None:
     rows = results(whole)
     assert [(row["variant"], row["seed"]) for row in rows] == [
-        (f"optimizer.lr={lr}", seed) for lr in (0.001, 0.01, 0.03) for seed in (0, 1)
-    ]
+        (f"optimizer.lr={lr}", seed) for seed in (0, 1) for lr in (0.001, 0.01, 0.03)
+    ]  # seed by seed
     assert len({row["best"] for row in rows}) == 6
     for row in rows:
         assert (whole / "runs/tiny" / row["run"] / "checkpoints/latest").exists()

@@ -221,9 +221,7 @@ def _run(pipe: Connection, config: str, overrides: list[str]) -> None:
         pipe.send({"device": str(ranks.device), "free_bytes": free, "least_seconds": least})
 
         def step(batch: Any) -> None:
-            output = recipe.step(trained.model, to_device(batch, ranks.device))
-            losses = [x.sum * (x.weight / max(x.count, 1.0)) for x in output.losses.values()]
-            trained.backward(sum(losses, start=torch.zeros((), device=ranks.device)))
+            trained.backward(recipe.step(trained.model, to_device(batch, ranks.device)).loss())
             trained.step()
 
         while (order := pipe.recv()) is not None:

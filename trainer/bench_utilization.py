@@ -109,9 +109,7 @@ def measure(config: str, overrides: Sequence[str], ranks: Ranks, repetitions: in
     trained = Trained(model.to(ranks.device), settings.zero, settings.optimizer, settings.precision, len(batches))
 
     def forward(batch: Any) -> Tensor:
-        output = recipe.step(trained.model, batch)
-        losses = [x.sum * (x.weight / max(x.count, 1.0)) for x in output.losses.values()]
-        return sum(losses, start=torch.zeros((), device=ranks.device))
+        return recipe.step(trained.model, batch).loss()
 
     def step() -> None:
         for batch in batches:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -72,6 +73,11 @@ class StepOutput:
     """In evaluation: a row a sample."""
     state: State | None = None
     """For the next micro-batch of this number; the engine detaches it."""
+
+    def loss(self) -> Tensor:
+        """Of this micro-batch by itself: the sum of its losses, each over its own count. A training does otherwise."""
+        terms = (x.sum * (x.weight / max(x.count, 1.0)) for x in self.losses.values())
+        return sum(terms, start=torch.zeros(()))
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,8 @@ class Recogniser:
 
     def cannot_stream(self) -> str | None:
         """The key that keeps the model from running while sound comes, None if it can."""
+        if self.features.clip_mean:
+            return "data.features.clip_mean = true: a mean is known when the sound has ended; train without"
         reason = self.model.config.cannot_stream()
         return None if reason is None else f"model.{reason}"
 

@@ -175,7 +175,7 @@ def load(path: Path) -> SweepConfig:
 
 
 def points(sweep: SweepConfig, name: str) -> list[Point]:
-    """All runs, in order, equal ones once.
+    """All runs, equal ones once; seed by seed, so that what is stopped early has every variant of the first seeds.
 
     Args:
         name: of the sweep.
@@ -198,7 +198,7 @@ def points(sweep: SweepConfig, name: str) -> list[Point]:
                 every = (*quiet, *overrides, *more)
                 run = more[2][5:]
                 found[run] = Point(run, line, seed, config, every, label, sweep.test, sweep.analyze)
-    return list(found.values())
+    return sorted(found.values(), key=lambda point: sweep.seeds.index(point.seed))
 
 
 def _settings(sweep: SweepConfig, name: str) -> Iterator[dict[str, Any]]:

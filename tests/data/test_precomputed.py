@@ -49,6 +49,24 @@ def test_features_of_both_kinds_answer_the_same_questions(name: str) -> None:
     assert (x.shape[1], frames.tolist()) == (1, [1])
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_without_its_mean_a_clip_is_the_same_through_any_microphone(name: str) -> None:
+    """By all three ways: a clip alone, in a batch, and where a gradient goes through it."""
+    features = KINDS[name].model_copy(update={"clip_mean": True}).build(8000)
+    features.mean.fill_(0.5)
+    features.deviation.fill_(2.0)
+    signals = torch.randn((2, 4000) if name == "log_mel" else (2, 40, 8), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([signals.shape[1], signals.shape[1] // 2])
+    louder = signals * 3 if name == "log_mel" else signals + torch.arange(8.0)
+    for x, frames in (features(louder, lengths), features(signals.requires_grad_(), lengths)):
+        for b in range(2):
+            alone = features.clip(signals[b, : lengths[b]].detach())
+            assert alone.mean(0).abs().max() < 1e-5
+            assert alone.abs().max() > 0.5
+            torch.testing.assert_close(x[b, : frames[b]], alone, rtol=1e-3, atol=1e-3)
+        assert not x[1, frames[1] :].any()
+
+
 def npy(matrix: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, matrix, allow_pickle=matrix.dtype == object)

@@ -49,6 +49,9 @@ class FeaturesConfig(Config):
     window_ms: float = Field(25.0, ge=1, le=1000)
     """Hann window; of log-mel energies only."""
     hop_ms: float = Field(10.0, ge=1, le=1000)
+    clip_mean: bool = False
+    """Subtract each clip's own mean of every band besides: microphones and distances no longer tell (Atal 1974). For
+    few speakers; such a model needs whole recordings."""
     where: Literal["worker", "model"] = "worker"
     """Computed clip by clip in the loader (best on a CPU) or as the model's first layer (best on a GPU)."""
 
@@ -58,7 +61,7 @@ class FeaturesConfig(Config):
 
     def build(self, sample_rate_hz: int) -> "LogMel | Precomputed":
         if self.kind == "precomputed":
-            return Precomputed(self.num_bands)
+            return Precomputed(self)
         if sample_rate_hz < MIN_SAMPLE_RATE_HZ:
             raise UserError(f"data.sample_rate_hz = {sample_rate_hz}: wanted {MIN_SAMPLE_RATE_HZ} or more")
         return LogMel(self, sample_rate_hz)
@@ -86,6 +89,7 @@ class LogMel(nn.Module):
     def __init__(self, config: FeaturesConfig, sample_rate_hz: int) -> None:
         super().__init__()
         self.sample_rate_hz = sample_rate_hz
+        self.clip_mean = config.clip_mean
         self.hop = round(sample_rate_hz * config.hop_ms / 1000)
         window = round(sample_rate_hz * config.window_ms / 1000)
         self.n_fft = 2 ** math.ceil(math.log2(window))
@@ -130,7 +134,8 @@ class LogMel(nn.Module):
         with torch.autocast("cpu", enabled=False):
             energies = self.energies(wave.float())
             target = energies if room is None else room[: len(energies)]
-            return torch.sub(energies, self.mean, out=target).div_(self.deviation)
+            mean = energies.mean(0) if self.clip_mean else self.mean
+            return torch.sub(energies, mean, out=target).div_(self.deviation)
 
     def stream(self) -> "FeatureStream":
         """Features of one clip that comes piece by piece."""
@@ -143,8 +148,7 @@ class LogMel(nn.Module):
         frames = 1 + (lengths - self.n_fft).clamp(min=0) // self.hop
         with torch.autocast(waveforms.device.type, enabled=False):
             x = self.normalise(self.energies(waveforms.float()))[:, : int(frames.max())]
-            valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]
-            return x * valid[..., None], frames
+            return _cut(x, frames, self.clip_mean), frames
 
 
 class FeatureStream:
@@ -177,7 +181,7 @@ class Precomputed(nn.Module):
     """Feature matrices, normalised as log-mel energies are; answers what `LogMel` does, with rows in place of samples.
 
     Args:
-        num_bands: F, columns of every matrix.
+        config: its `num_bands` are F, columns of every matrix.
 
     Shape:
         matrices: (B, T, F); lengths: (B,) rows -> (B, T, F) with zeros past each length, and the same lengths
@@ -186,11 +190,11 @@ class Precomputed(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, num_bands: int) -> None:
+    def __init__(self, config: FeaturesConfig) -> None:
         super().__init__()
-        self.num_bands = num_bands
-        self.register_buffer("mean", torch.zeros(num_bands))
-        self.register_buffer("deviation", torch.ones(num_bands))
+        self.num_bands, self.clip_mean = config.num_bands, config.clip_mean
+        self.register_buffer("mean", torch.zeros(config.num_bands))
+        self.register_buffer("deviation", torch.ones(config.num_bands))
 
     def decode(
         self, content: bytes, intact: bool = False, room: NDArray[np.float32] | None = None
@@ -218,12 +222,20 @@ class Precomputed(nn.Module):
     def clip(self, matrix: Tensor, room: Tensor | None = None) -> Tensor:
         """Normalised features of one clip: (T, F) -> (T, F), which lie at the beginning of `room` if given."""
         target = None if room is None else room[: len(matrix)]
-        return torch.sub(matrix.float(), self.mean, out=target).div_(self.deviation)
+        mean = matrix.float().mean(0) if self.clip_mean else self.mean
+        return torch.sub(matrix.float(), mean, out=target).div_(self.deviation)
 
     def forward(self, matrices: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(matrices.device.type, enabled=False):
-            valid = torch.arange(matrices.shape[1], device=matrices.device) < lengths[:, None]
-            return self.normalise(matrices.float()) * valid[..., None], lengths
+            return _cut(self.normalise(matrices.float()), lengths, self.clip_mean), lengths
+
+
+def _cut(x: Tensor, lengths: Tensor, clip_mean: bool) -> Tensor:
+    """Normalised features (B, T, F) with zeros past each length, less each clip's mean if asked for."""
+    valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+    if clip_mean:
+        x = x - (x * valid).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None, None]
+    return x * valid
 
 
 def padded(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
