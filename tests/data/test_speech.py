@@ -1,6 +1,9 @@
 """Reading samples: whatever is wrong with one is found and named, and nothing wrong passes for right."""
 
+import io
 import shutil
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,10 @@ import numpy as np
 import pytest
 
 from tests.damage import MADE, PLANNED, READ, check_fuzzed, cut, damage
+from tests.data import layouts
 from tests.helpers import contents, overrides
 from trainer import recipe
+from trainer.data.index import write_index
 from trainer.data.plan import MicroBatch
 
 
@@ -111,3 +116,45 @@ def test_a_long_clip_is_cut_with_its_labels(data: Path) -> None:
         assert step.counts["tokens"] == sum(int(batch["label_lengths"].sum()) for batch in lengths)
         assert step.counts["seconds"] == pytest.approx(sum(float(batch["seconds"].sum()) for batch in lengths))
     assert {r.reason for r in cut_task.build_dataset("valid").plan.rejections} == {"longer than 1.5 s"}
+
+
+@pytest.mark.parametrize("order", [None, ("flac", "txt", "json"), ("json", "txt", "flac")])
+@pytest.mark.parametrize("name", ["digits", "an4_cepstra"])
+def test_the_speaker_is_known_wherever_the_tar_has_it(name: str, order: tuple[str, ...] | None, tmp_path: Path) -> None:
+    """None: as `prepare` writes it, whose members webdataset sorts by their endings."""
+    getattr(layouts, name)(tmp_path)
+    settings = [f"data.corpus.path={tmp_path}", f"data.path={tmp_path / 'made'}", f"runs_dir={tmp_path}"]
+    recognition = recipe.load(f"speech/{name}", [*settings, "data.text.unknown=drop"])
+    recognition.prepare()
+    if order is not None:
+        for shard in (tmp_path / "made").glob("*/*.tar"):
+            reorder(shard, tuple("npy" if e == "flac" and name != "digits" else e for e in order))
+    found = {}
+    for split in ("train", "valid", "test"):
+        dataset: Any = recognition.build_dataset(split)
+        found |= {dataset.index.keys[row]: dataset.speaker(row) for row in range(len(dataset))}
+    assert len(found) >= 3
+    assert found == {key: key.split("_")[0] if name == "digits" else key.split("-")[1] for key in found}
+
+
+def reorder(shard: Path, order: tuple[str, ...]) -> None:
+    """Write the members of each sample in another order, and the index that goes with it."""
+    with tarfile.open(shard) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    keys = list(contents(shard))
+    with tarfile.open(shard, "w") as tar:
+        for name in (f"{key}.{ending}" for key in keys for ending in order):
+            info = tarfile.TarInfo(name)
+            info.size = len(members[name])
+            tar.addfile(info, io.BytesIO(members[name]))
+    with tarfile.open(shard) as tar:
+        places = {member.name: member.offset_data for member in tar}
+    entries = [
+        replace(
+            entry,
+            text_offset=places[f"{key}.txt"],
+            audio_offset=next(places[f"{key}.{ending}"] for ending in order if ending in ("flac", "npy")),
+        )
+        for key, (entry, _, _) in contents(shard).items()
+    ]
+    write_index(shard, entries)

@@ -382,17 +382,21 @@ class SpeechDataset:
         return found
 
     def speaker(self, row: int) -> str | None:
-        """Who speaks, if `KEY.json` says so and follows the transcript in the tar, as `prepare` writes it."""
+        """Who speaks, if `KEY.json` in the tar says so, wherever it stands among the members of the sample."""
         entry = self.index.entries[row]
-        place = entry.text_offset + -(-entry.text_size // BLOCK) * BLOCK
-        try:
-            header = tarfile.TarInfo.frombuf(self._read(row, place, BLOCK), "utf-8", "replace")
-            if not header.isfile() or header.name.rpartition("/")[2] != f"{entry.key.rpartition('/')[2]}.json":
-                return None
-            speaker = json.loads(self._read(row, place + BLOCK, min(header.size, MAX_ABOUT))).get("speaker")
-        except (tarfile.HeaderError, AudioError, ValueError, AttributeError):
-            return None
-        return None if speaker is None else str(speaker)
+        ends = [_end(entry.audio_offset, entry.audio_size), _end(entry.text_offset, entry.text_size), 0]
+        if row and self.index.shard[row - 1] == self.index.shard[row]:
+            before = self.index.entries[row - 1]
+            ends[-1] = max(_end(before.audio_offset, before.audio_size), _end(before.text_offset, before.text_size))
+        for place in ends:
+            try:
+                header = tarfile.TarInfo.frombuf(self._read(row, place, BLOCK), "utf-8", "replace")
+                if header.isfile() and header.name.rpartition("/")[2] == f"{entry.key.rpartition('/')[2]}.json":
+                    about = json.loads(self._read(row, place + BLOCK, min(header.size, MAX_ABOUT)))
+                    return None if about.get("speaker") is None else str(about["speaker"])
+            except (tarfile.HeaderError, AudioError, ValueError, AttributeError):
+                continue
+        return None
 
     def _sample(
         self, row: int, speed: float, entry: Entry | None = None, room: NDArray[np.float32] | None = None
@@ -534,6 +538,11 @@ class SpeechDataset:
         features = self.log_mel.clip(torch.from_numpy(samples))
         sound = samples if samples.ndim == 1 else None
         return Media(sound, self.config.rate_hz, features.T.numpy())
+
+
+def _end(offset: int, size: int) -> int:
+    """Where the member after one of so many bytes begins."""
+    return offset + -(-size // BLOCK) * BLOCK
 
 
 def open_prepared(config: SpeechDataConfig) -> Prepared:
