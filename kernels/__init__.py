@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.cases import selftest
 from kernels.cpu import keep_pages
-from kernels.ops import explain, is_fast, pack, recurrence
+from kernels.ops import explain, pack, recurrence, unsupported
 
 __all__ = [
     "block_gru",
@@ -25,11 +25,11 @@ __all__ = [
     "diagonal_lstm",
     "diagonal_rnn",
     "explain",
-    "is_fast",
     "keep_pages",
     "pack",
     "recurrence",
     "selftest",
+    "unsupported",
 ]
 
 

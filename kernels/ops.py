@@ -144,7 +144,7 @@ for _device in ("cpu", "cuda"):
 
 def explain(weight: Tensor, cell: str = "lstm") -> str:
     """Which path a call with these weights takes, and why."""
-    reason = _reason(weight, cell)
+    reason = unsupported(weight, cell)
     if reason is not None:
         return f"the reference loop (plain PyTorch, slow): {reason}"
     if weight.is_cuda:
@@ -153,13 +153,8 @@ def explain(weight: Tensor, cell: str = "lstm") -> str:
     return f"C++ ({build}{'' if cpu.openmp() else '; on one thread, since torch has not loaded the GNU OpenMP'})"
 
 
-def is_fast(weight: Tensor, cell: str) -> bool:
-    """Whether a backend of ours takes these weights, so that no Python loop runs over time."""
-    return _reason(weight, cell) is None
-
-
-def _reason(weight: Tensor, cell: str) -> str | None:
-    """Why no fast backend takes these weights; None if one does."""
+def unsupported(weight: Tensor, cell: str) -> str | None:
+    """Why no backend of ours takes these weights, so that a Python loop runs over time; None if one does."""
     if weight.device.type == "cpu":
         return cpu.supports(weight)
     if weight.is_cuda:
@@ -191,7 +186,7 @@ def pack(weight: Tensor, cell: str, bfloat16: bool = False) -> Tensor:
         ValueError: weights or type are not what they should be.
     """
     _check_weight(weight, cell)
-    if weight.ndim != 4 or weight.is_cuda or _reason(weight, cell) is not None:
+    if weight.ndim != 4 or weight.is_cuda or unsupported(weight, cell) is not None:
         return weight.new_empty(0)
     if bfloat16 and weight.dtype != torch.float32:
         raise ValueError(f"bfloat16 weights go with float32, not with {weight.dtype}")
@@ -243,7 +238,7 @@ def recurrence(
         u, weight = u.float(), weight.float()
         h0, c0, bias, mask = (None if x is None else x.float() for x in (h0, c0, bias, mask))
     tensors = (h0, c0, bias, lengths, mask, keys)
-    reason = _reason(weight, cell)
+    reason = unsupported(weight, cell)
     if reason is not None:
         _say_once(f"{cell}: {explain(weight, cell)}")
         return reference.recurrence(u, weight, *tensors, cell, flags, rates)

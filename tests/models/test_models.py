@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import kernels
 from tests.helpers import overrides
 from trainer import recipe
 from trainer.data.audio import AudioError
 from trainer.models.cells import TORCH, ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.encoders import Conv1dConfig, Conv2dConfig, ConvLayerConfig
 from trainer.models.normalization import KeyedDropout, MaskedBatchNorm, frame_mask
+from trainer.models.recurrence import say_once
 from trainer.models.rnn import RNNConfig
 from trainer.models.structure import (
     BandedConfig,
@@ -136,6 +138,21 @@ def test_torchs_loop_and_the_kernel_agree(cell) -> None:
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a.reshape(-1), b.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("structure", [DenseConfig(), BlockDiagonalConfig(num_blocks=4), DiagonalConfig()], ids=kind)
+@pytest.mark.parametrize("cell", CELLS, ids=kind)
+def test_one_line_says_why_a_net_without_the_kernels_is_slow(structure, cell, monkeypatch, caplog) -> None:
+    """Whatever takes their place."""
+    monkeypatch.setattr(kernels.cpu, "MISSING", "no compiler")
+    say_once.cache_clear()
+    kernels.ops._say_once.cache_clear()
+    rnn = RNNConfig(hidden_size=8, num_layers=2, structure=structure, cell=cell).build(6)
+    with caplog.at_level("WARNING"):
+        rnn(inputs(6), LENGTHS)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{cell.name}: ")
+    assert line.endswith("slow: no compiler") or line.endswith("slow): no compiler")
 
 
 def test_dropout_belongs_to_the_sample_and_the_layer() -> None:

@@ -156,6 +156,8 @@ def run(
         and matrices[0].shape[1] == 1
         and torch_is_faster(ways[0].cell, matrices[0])
     ):
+        if x.device.type == "cpu" and (reason := kernels.unsupported(matrices[0], ways[0].cell.name)) is not None:
+            say_once(f"{ways[0].cell.name}: torch's own loop, slow: {reason}", logging.WARNING)
         given = zip(ways, inputs, matrices, states, strict=True)
         outputs = [_torch(way, w_ih, w_hh.flatten(0, 2), x, lengths, state) for way, w_ih, w_hh, state in given]
         y = outputs[0][0] if len(ways) == 1 else torch.cat([y for y, _ in outputs], -1)
@@ -164,9 +166,9 @@ def run(
 
 
 @lru_cache(maxsize=64)
-def say_once(text: str) -> None:
+def say_once(text: str, level: int = logging.INFO) -> None:
     """Tell the log which path is taken; a run clears the cache as it starts, so that each log has it."""
-    log.info("%s", text)
+    log.log(level, "%s", text)
 
 
 def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
@@ -177,7 +179,7 @@ def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
     """
     if cell.name not in TORCH:
         return False
-    if weight.is_cuda or not kernels.is_fast(weight, cell.name):
+    if weight.is_cuda or kernels.unsupported(weight, cell.name) is not None:
         return True
     return isinstance(cell, LSTMConfig) and not (products.prefers_onednn() and torch.get_num_threads() == 1)
 

@@ -28,7 +28,7 @@ def for_inference(model: AcousticModel) -> AcousticModel:
     for layer in model.rnn.recurrent_layers():
         layer.make_plain()
         matrix = layer.weights()[1]
-        if matrix.ndim == 4 and kernels.is_fast(matrix, layer.cell.name):
+        if matrix.ndim == 4 and kernels.unsupported(matrix, layer.cell.name) is None:
             layer.packed = kernels.pack(matrix, layer.cell.name)
     return model.requires_grad_(False)
 

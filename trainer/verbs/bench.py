@@ -407,7 +407,7 @@ def _kernels(arguments: argparse.Namespace) -> dict[str, Any]:
     from kernels import bench
     from trainer.errors import UserError
 
-    if not kernels.is_fast(torch.empty(0), "lstm"):
+    if kernels.unsupported(torch.empty(0), "lstm") is not None:
         raise UserError(f"bench kernels: the CPU runs {kernels.explain(torch.empty(0))}")
     console = Console(width=150 if not sys.stdout.isatty() else None)
     try:
