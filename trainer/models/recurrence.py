@@ -179,9 +179,14 @@ def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
     """
     if cell.name not in TORCH:
         return False
-    if weight.is_cuda or kernels.unsupported(weight, cell.name) is not None:
+    if weight.is_cuda:
         return True
-    return isinstance(cell, LSTMConfig) and not (products.prefers_onednn() and torch.get_num_threads() == 1)
+    lstm = isinstance(cell, LSTMConfig)
+    if lstm and torch.is_autocast_enabled("cpu") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # torch asks oneDNN for an LSTM of half precision all the same, and ends
+    if kernels.unsupported(weight, cell.name) is not None:
+        return True
+    return lstm and not (products.prefers_onednn() and torch.get_num_threads() == 1)
 
 
 def _torch(
