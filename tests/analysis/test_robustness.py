@@ -93,8 +93,9 @@ def test_size_zero_changes_nothing_and_a_larger_attack_never_helps(kind: str, tm
     }
 
 
-def test_no_attack_passes_the_lipschitz_bound(tmp_path: Path) -> None:
-    judged = judge(tmp_path, "model.cell={kind: rnn, activation: tanh}", "model.parametrization.kind=cayley")
+@pytest.mark.parametrize("more", [[], ["model.num_layers=2", "model.residual=true", "model.residual_scale=4"]])
+def test_no_attack_passes_the_lipschitz_bound(tmp_path: Path, more: list[str]) -> None:
+    judged = judge(tmp_path, "model.cell={kind: rnn, activation: tanh}", "model.parametrization.kind=cayley", *more)
     inputs, batch = judged.recipe.inputs(), judged.batches[0]
     x = batch["inputs"]
     constant, why = lipschitz.bound(judged.model, x.shape[1])

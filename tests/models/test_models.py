@@ -11,6 +11,7 @@ import kernels
 from tests.helpers import overrides
 from trainer import recipe
 from trainer.data.audio import AudioError
+from trainer.engine import initialise
 from trainer.models.cells import TORCH, ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.encoders import Conv1dConfig, Conv2dConfig, ConvLayerConfig
 from trainer.models.normalization import KeyedDropout, MaskedBatchNorm, frame_mask
@@ -153,6 +154,22 @@ def test_one_line_says_why_a_net_without_the_kernels_is_slow(structure, cell, mo
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"{cell.name}: ")
     assert line.endswith("slow: no compiler") or line.endswith("slow): no compiler")
+
+
+def test_a_scaled_stack_begins_as_a_shallow_one() -> None:
+    """Each layer adds its output times the factors: ten times as much from ten times as large ones, to first order."""
+    x, added = inputs(8), []
+    for start in (1e-4, 1e-3):
+        config = RNNConfig(hidden_size=8, num_layers=5, residual=True, residual_scale=start)
+        rnn = config.build(8)
+        initialise(rnn, 0)
+        scales = [p for name, p in rnn.named_parameters() if name.startswith("scales.")]
+        assert [p.tolist() for p in scales] == [pytest.approx([start] * 8)] * 5
+        with torch.no_grad():
+            added.append(rnn(x, LENGTHS)[0] - rnn.final_norm(x, None) * frame_mask(LENGTHS, 9)[..., None])
+    torch.testing.assert_close(added[1], 10 * added[0], rtol=0, atol=0.02 * float(added[1].abs().max()))
+    with pytest.raises(ValueError, match="with residual = false"):
+        RNNConfig(residual_scale=0.1)
 
 
 def test_dropout_belongs_to_the_sample_and_the_layer() -> None:

@@ -93,10 +93,21 @@ def check(model: AcousticModel, size: int, frames: int = FRAMES) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+def residual(cell) -> dict:
+    """Layers that add a part of what they compute to their input."""
+    identity = {"initialization": IdentityConfig()} if cell == ElmanConfig(activation="identity") else {}
+    return {"residual": True, "residual_scale": 0.5, **identity}
+
+
 @pytest.mark.parametrize(("cell", "structure", "rule"), RECURRENCES, ids=kind)
 def test_every_recurrence_runs_in_pieces(cell, structure, rule) -> None:
     initialization = {"initialization": IdentityConfig()} if cell == ElmanConfig(activation="identity") else {}
-    check(build(cell=cell, structure=structure, parametrization=rule, residual=True, **initialization), 7)
+    check(
+        build(
+            cell=cell, structure=structure, parametrization=rule, residual=True, residual_scale=0.5, **initialization
+        ),
+        7,
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 16, 40, 41])
@@ -178,7 +189,12 @@ def check_fixed(model: AcousticModel, frames: int, samples: int = 4321) -> None:
 @pytest.mark.parametrize(("cell", "structure", "rule"), RECURRENCES, ids=kind)
 def test_the_step_of_fixed_shapes_computes_every_recurrence(cell, structure, rule) -> None:
     initialization = {"initialization": IdentityConfig()} if cell == ElmanConfig(activation="identity") else {}
-    check_fixed(build(cell=cell, structure=structure, parametrization=rule, residual=True, **initialization), 8)
+    check_fixed(
+        build(
+            cell=cell, structure=structure, parametrization=rule, residual=True, residual_scale=0.5, **initialization
+        ),
+        8,
+    )
 
 
 @pytest.mark.parametrize("frames", [12, 24])

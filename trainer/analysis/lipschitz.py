@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.analysis.perturbations import Judge
 from trainer.models.cells import ElmanConfig
+from trainer.models.normalization import LayerScale
 from trainer.models.readout import Readout
 from trainer.models.recurrence import RecurrentLayer
 from trainer.models.rnn import RNN
@@ -51,7 +52,10 @@ def bound(model: nn.Module, num_frames: int) -> tuple[float, str]:
     product = float(torch.linalg.matrix_norm(output.weight.double(), 2))
     for i, layer in enumerate(layers):
         skipped = config.residual and layer.weight_ih.shape[1] == config.output_size
-        product *= gain(layer, num_frames, getattr(model, "last", False) and i == len(layers) - 1) + skipped
+        added = gain(layer, num_frames, getattr(model, "last", False) and i == len(layers) - 1)
+        if isinstance(scale := rnn.scales[i], LayerScale):
+            added *= float(scale.weight.abs().max())
+        product *= added + skipped
     return product, ""
 
 

@@ -86,6 +86,7 @@ class FixedStep(nn.Module):
             self.register_buffer(name, getattr(log_mel, name).clone())
         rnn = model.rnn
         self.norms, self.final_norm, self.residual = rnn.norms, rnn.final_norm, rnn.config.residual
+        self.scales = rnn.scales
         later = rnn.config.regularizers.later
         self.cells = nn.ModuleList(FixedCell(x, (later.zoneout, later.zoneout_cell)) for x in rnn.recurrent_layers())
         self.lookahead, self.output = model.lookahead, model.output
@@ -142,6 +143,7 @@ class FixedStep(nn.Module):
             y, new[f"h_{i}"], c = cell(norm(x, None), h, c, present)
             if c is not None:
                 new[f"c_{i}"] = c
+            y = self.scales[i](y)
             x = x + y if self.residual and x.shape == y.shape else y
         x = self.final_norm(x, None) * present[:, None]
         if self.lookahead is not None:

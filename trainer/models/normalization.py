@@ -95,6 +95,31 @@ def build_norm(kind: NormKind, size: int) -> nn.Module:
     return MaskedLayerNorm(size) if kind == "layer" else MaskedBatchNorm(size)
 
 
+class LayerScale(nn.Module):
+    """Learned factors, one a unit, on what a layer adds to its input: at first deep stacks are as shallow ones.
+
+    Args:
+        size: D.
+        start: of all factors.
+
+    Shape:
+        x: (..., D) -> (..., D)
+
+    Source: Touvron et al. 2021, arXiv:2103.17239.
+    """
+
+    def __init__(self, size: int, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.full((size,), start))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class KeyedDropout(nn.Module):
     """Dropout (Srivastava et al. 2014) whose mask is a function of (seed, epoch, sample) and of the layer's name.
 

@@ -20,7 +20,7 @@ from trainer.models.initialization import (
     InitializationConfig,
     InputInitializationConfig,
 )
-from trainer.models.normalization import KeyedDropout, NormKind, build_norm, frame_mask
+from trainer.models.normalization import KeyedDropout, LayerScale, NormKind, build_norm, frame_mask
 from trainer.models.parametrizations import ORTHOGONAL, FreeConfig, ParametrizationConfig
 from trainer.models.recurrence import Layer, RecurrentLayer, State, say_once
 from trainer.models.regularizers import Regularizer, RegularizersConfig
@@ -53,6 +53,9 @@ class RNNConfig(Config):
     """Of each layer's input."""
     residual: bool = False
     """Add a layer's input to its output where their sizes agree."""
+    residual_scale: PositiveFloat | None = None
+    """Where learned factors on what is added start (LayerScale, Touvron et al. 2021), 0.1 for a hundred layers; null:
+    none."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Of each layer's output."""
     regularizers: RegularizersConfig = RegularizersConfig()
@@ -101,6 +104,10 @@ class RNNConfig(Config):
         if self.input_range is not None and self.input_initialization.kind != "default":
             drawn = self.input_initialization.kind
             raise ValueError(f"input_range = {self.input_range} with input_initialization.kind = {drawn}: take one")
+        if self.residual_scale is not None and not self.residual:
+            raise ValueError(
+                f"residual_scale = {self.residual_scale} with residual = false: nothing is added; set it true"
+            )
         plain = self.norm == "none" and self.directions == "forward" and not self.residual
         if refusal := self.regularizers.refusal(self.cell.name, plain):
             raise ValueError(f"regularizers.{refusal}")
@@ -121,7 +128,8 @@ class RNNConfig(Config):
 
 
 class RNN(nn.Module):
-    """The stack; each layer is norm -> recurrence -> dropout (+ input), disturbed as `config.regularizers` says.
+    """The stack; each layer is norm -> recurrence -> dropout (-> scale) (+ input), disturbed as `config.regularizers`
+    says.
 
     Args:
         config: see there.
@@ -144,6 +152,7 @@ class RNN(nn.Module):
         self.regularizer = Regularizer(config.regularizers, config.num_layers)
         fast = config.regularizers.fast_dropout
         self.norms, self.layers, self.dropouts = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.scales = nn.ModuleList()
         size = input_size
         for i in range(config.num_layers):
             self.norms.append(build_norm(config.norm, size))
@@ -152,7 +161,9 @@ class RNN(nn.Module):
             ways = [RecurrentLayer(own, size, flag, self.regularizer, f"{i}.{w}") for w, flag in enumerate(flags)]
             self.layers.append(Layer(ways) if fast is None else moments.MomentLayer(ways[0], fast))
             self.dropouts.append(KeyedDropout(config.dropout, f"rnn.{i}"))
-            size = own.hidden_size * (len(flags) if config.directions == "concat" else 1)
+            before, size = size, own.hidden_size * (len(flags) if config.directions == "concat" else 1)
+            scaled = config.residual_scale is not None and before == size
+            self.scales.append(LayerScale(size, config.residual_scale or 1.0) if scaled else nn.Identity())
         self.final_norm = build_norm(config.norm, size)
 
     def forward(
@@ -202,6 +213,7 @@ class RNN(nn.Module):
                 hidden.append(y)
             clean, y = y, self.regularizer.output(i, dropout(y, noise_keys), noise_keys)
             self.regularizer.watch(i, clean, y, lengths)
+            y = self.scales[i](y)
             x = x + y if self.config.residual and x.shape == y.shape else y
         x = self.final_norm(x.transpose(0, 1), frames).transpose(0, 1)
         return x if mask is None else x * mask[..., None], hidden, carried
