@@ -103,6 +103,12 @@ def test_no_attack_passes_the_lipschitz_bound(tmp_path: Path, more: list[str]) -
     assert not why
     moved = judged.model(x + 0.01) - judged.model(x)
     assert float((moved.norm(dim=-1) / (0.01 * x[0].numel() ** 0.5)).max()) <= constant
+    if more:
+        scaled = judged.model.rnn.scales[1].weight
+        with torch.no_grad():
+            scaled *= 10
+            assert lipschitz.bound(judged.model, x.shape[1])[0] > 5 * constant
+            scaled /= 10
     certified = lipschitz.certified_errors(judged, inputs, SIZES)
     attacked = disturbed.attack_curve(judged, inputs, "pgd_l2", SIZES)
     assert certified[0] == attacked[0]["monitor"]
