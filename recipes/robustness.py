@@ -221,7 +221,7 @@ def page(runs: Runs, path: Path) -> None:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set(xlabel="largest Lyapunov exponent, nats a step", ylabel="cost of attack")
         told = ", ".join(f"{marker} {cell}" for marker, cell in zip("○□△◇▽", cells, strict=False))
-        axes.set_title(f"{task}: stability and robustness ({told})", fontsize=9)
+        axes.set_title(f"{task} ({told})", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in every[-1][len(tasks) :]:
         axes.set_visible(False)
