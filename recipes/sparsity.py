@@ -6,7 +6,6 @@ is what others are compared with.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
+from kernels.bench import interleaved, quartiles
 from trainer.models.acoustic import AcousticModel
 from trainer.plots import BLUE, GREEN, ORANGE, picture
 from trainer.recogniser import Recogniser, load, open_weights
@@ -22,8 +22,8 @@ from trainer.sweep import Conclusion
 
 Row = Mapping[str, Any]
 Timed = dict[str, Callable[[], object]]
-ROUNDS = 7
-"""Of the timings, in turns."""
+SECONDS = 2.0
+"""For the timings of training and of listening each; five rounds at least, which take longer where nets are large."""
 MICRO_BATCHES = 2
 """Of a training step that is timed."""
 RECORDINGS = 5
@@ -60,7 +60,7 @@ def conclude(rows: Sequence[Row], folder: Path) -> Conclusion:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trained, heard = in_turns(steps), in_turns(listens)
+        trained, heard = interleaved(steps, SECONDS), interleaved(listens, SECONDS)
     finally:
         torch.set_num_threads(threads)
     first = next(iter(variants))
@@ -122,26 +122,14 @@ def _listening(run: Path) -> tuple[Callable[[], object], float]:
     return listen, sum(map(len, found)) / recogniser.sample_rate_hz
 
 
-def in_turns(ways: Timed) -> dict[str, list[float]]:
-    """Seconds of each, A B C, C B A, ..., after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(ROUNDS + 1):
-        for name in list(ways)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            ways[name]()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def _told(values: Sequence[float]) -> str:
     spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def _spread(values: Sequence[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+def _spread(values: list[float]) -> str:
+    found = quartiles(values)
+    return f"{found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
 
 
 def page(points: Sequence[Point], path: Path) -> None:

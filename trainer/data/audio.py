@@ -50,8 +50,8 @@ class FeaturesConfig(Config):
     """Hann window; of log-mel energies only."""
     hop_ms: float = Field(10.0, ge=1, le=1000)
     clip_mean: bool = False
-    """Subtract each clip's own mean of every band besides: microphones and distances no longer tell (Atal 1974). For
-    few speakers; such a model needs whole recordings."""
+    """Each clip's own mean of every band in place of the corpus': microphones and distances no longer tell (Atal
+    1974). For few speakers; such a model needs whole recordings."""
     where: Literal["worker", "model"] = "worker"
     """Computed clip by clip in the loader (best on a CPU) or as the model's first layer (best on a GPU)."""
 
