@@ -6,21 +6,19 @@ the reference, paid for only when somebody asks.
 """
 
 import ctypes
-import logging
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.say import say_once
 
 _LIBRARY = torch.library.Library("ostinato", "FRAGMENT")
 _LIBRARY.define("log_mel(Tensor waveform, Tensor window, Tensor mel, int hop, float floor) -> Tensor")
 
 SMALLEST_FLOOR = torch.finfo(torch.float32).tiny
 SELFTEST_TOLERANCE = 1e-5  # logarithms down to that of the floor, in float32
-log = logging.getLogger(__name__)
 
 
 def reference(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> Tensor:
@@ -56,7 +54,7 @@ def log_mel(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: floa
     if path.startswith("C++"):
         return torch.ops.ostinato.log_mel(waveform, window, mel, hop, floor)
     if waveform.device.type == "cpu":
-        _say_once(f"log-mel by {path}")
+        say_once(f"log-mel by {path}")
     return reference(waveform, window, mel, hop, floor)
 
 
@@ -69,11 +67,6 @@ def explain(waveform: Tensor) -> str:
     if MISSING is not None:
         return f"plain PyTorch: {MISSING}"
     return f"C++ ({cpu.instruction_set()})"
-
-
-@lru_cache(maxsize=64)
-def _say_once(text: str) -> None:
-    log.info("%s", text)
 
 
 def selftest() -> int:

@@ -6,7 +6,6 @@ Three operators serve every cell and structure: `ostinato::pack`, `ostinato::rec
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels.reference import GATES
-
-log = logging.getLogger(__name__)
+from kernels.say import say_once
 
 _LIBRARY = torch.library.Library("ostinato", "DEF")
 _INPUTS = (
@@ -166,11 +164,6 @@ def unsupported(weight: Tensor, cell: str) -> str | None:
     return f"there is no kernel for {weight.device.type}"
 
 
-@lru_cache(maxsize=64)
-def _say_once(text: str) -> None:
-    log.warning("%s", text)
-
-
 def pack(weight: Tensor, cell: str, bfloat16: bool = False) -> Tensor:
     """Weights as the forward kernel reads them, for a caller that uses the same ones many times (streaming).
 
@@ -240,7 +233,7 @@ def recurrence(
     tensors = (h0, c0, bias, lengths, mask, keys)
     reason = unsupported(weight, cell)
     if reason is not None:
-        _say_once(f"{cell}: {explain(weight, cell)}")
+        say_once(f"{cell}: {explain(weight, cell)}", logging.WARNING)
         return reference.recurrence(u, weight, *tensors, cell, flags, rates)
     if packed is None:
         packed = pack(weight, cell)

@@ -24,7 +24,7 @@ from scipy.stats import binomtest, spearmanr
 from trainer.analysis.pictures import COLORS, NAMES, curve, size_axis
 from trainer.analysis.study import COMPARED
 from trainer.plots import picture
-from trainer.sweep import Conclusion
+from trainer.sweep.conclusion import Conclusion
 
 Run = Mapping[str, Any]
 Runs = list[Run]

@@ -17,8 +17,8 @@ import torch
 from kernels.bench import interleaved, quartiles
 from trainer.models.acoustic import AcousticModel
 from trainer.plots import BLUE, GREEN, ORANGE, picture
-from trainer.recogniser import Recogniser, load, open_weights
-from trainer.sweep import Conclusion
+from trainer.recogniser import Recogniser, open_weights
+from trainer.sweep.conclusion import Conclusion
 
 Row = Mapping[str, Any]
 Timed = dict[str, Callable[[], object]]
@@ -54,9 +54,7 @@ def conclude(rows: Sequence[Row], folder: Path) -> Conclusion:
     listens: Timed = {}
     weights, seconds = {}, 0.0
     for name, runs in variants.items():
-        path = folder / runs[0]["run"]
-        steps[name], weights[name] = _training(path)
-        listens[name], seconds = _listening(path)
+        steps[name], weights[name], listens[name], seconds = _timed(folder / runs[0]["run"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -88,9 +86,10 @@ def conclude(rows: Sequence[Row], folder: Path) -> Conclusion:
     return Conclusion({f"One thread; chunks of {CHUNK_MS} ms": lines}, [path])
 
 
-def _training(run: Path) -> tuple[Callable[[], object], int]:
-    """Forward and backward of the run's net over the first micro-batches of its plan; and its recurrent weights."""
-    recipe, weights, _, _ = open_weights(run)
+def _timed(run: Path) -> tuple[Callable[[], object], int, Callable[[], object], float]:
+    """Of a trained run: forward and backward over the first micro-batches of its plan, the net's recurrent weights,
+    recognition of some recordings while they come, and the seconds of these."""
+    recipe, weights, labels, folder = open_weights(run)
     model = recipe.build_model()
     assert isinstance(model, AcousticModel)
     model.load_state_dict(weights)
@@ -103,13 +102,9 @@ def _training(run: Path) -> tuple[Callable[[], object], int]:
         for batch in batches:
             recipe.step(model, batch).loss().backward()
 
-    return step, sum(layer.weight_hh.num_weights() for layer in model.rnn.recurrent_layers())
-
-
-def _listening(run: Path) -> tuple[Callable[[], object], float]:
-    """Recognition of some recordings while they come; and their seconds."""
-    recogniser: Recogniser = load(run)
-    found = [wave for wave, _ in open_weights(run)[0].utterances("test", RECORDINGS)]
+    recogniser = recipe.recogniser(weights, labels, folder)
+    assert isinstance(recogniser, Recogniser)
+    found = [wave for wave, _ in recipe.utterances("test", RECORDINGS)]
     size = recogniser.sample_rate_hz * CHUNK_MS // 1000
 
     def listen() -> None:
@@ -119,7 +114,8 @@ def _listening(run: Path) -> tuple[Callable[[], object], float]:
                 stream.push(piece)
             stream.finish()
 
-    return listen, sum(map(len, found)) / recogniser.sample_rate_hz
+    recurrent = sum(layer.weight_hh.num_weights() for layer in model.rnn.recurrent_layers())
+    return step, recurrent, listen, sum(map(len, found)) / recogniser.sample_rate_hz
 
 
 def _told(values: Sequence[float]) -> str:

@@ -76,7 +76,8 @@ def test_the_examples_run() -> None:
 
 def test_what_the_documents_prepare_plan_train_and_sweep_is_there() -> None:
     """Every such line of a shell block is read as far as its configuration; `speech/mine` is the reader's own."""
-    from trainer import recipe, sweep
+    from trainer import recipe
+    from trainer.sweep import config, points
 
     found = set()
     for path in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]:
@@ -91,19 +92,20 @@ def test_what_the_documents_prepare_plan_train_and_sweep_is_there() -> None:
                     recipe.load(name, [m for m in more if "=" in m and not m.startswith(own)])
                 elif verb in ("sweep", "reproduce"):
                     file = name if verb == "sweep" else f"configs/sweeps/{name}.yaml"
-                    sweep.points(sweep.load(PROJECT / file), "a")
+                    points.points(config.load(PROJECT / file), "a")
                 found.add(f"{path.name} {verb}")
     assert {"README.md sweep", "README.md train", "music.md prepare", "memory.md plan", "sweeps.md reproduce"} <= found
 
 
 def test_the_file_of_a_sweep_in_the_documents_is_one(tmp_path: Path) -> None:
-    from trainer import recipe, sweep
+    from trainer import recipe
+    from trainer.sweep import config, points
 
     (example,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "docs/sweeps.md").read_text(encoding="utf-8"), re.S)
     (tmp_path / "a.yaml").write_text(example, encoding="utf-8")
-    points = sweep.points(sweep.load(tmp_path / "a.yaml"), "a")
-    assert len(points) == 2 * 2 * 3
-    recipe.load(points[-1].config, points[-1].overrides)
+    every = points.points(config.load(tmp_path / "a.yaml"), "a")
+    assert len(every) == 2 * 2 * 3
+    recipe.load(every[-1].config, every[-1].overrides)
 
 
 def test_the_settings_of_the_corpora_are_valid(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 
 from recipes import robustness
 from tests.data.test_generated import write_set
-from trainer import sweep as sweeps
 from trainer.__main__ import main
 from trainer.analysis.study import SIZES
 from trainer.config import PROJECT
 from trainer.recipe import known_recipes
+from trainer.sweep.config import load
+from trainer.sweep.points import RESULT, points, result_of
 
 SMALL = sum(0 < size <= 0.1 for size in SIZES)
 
@@ -110,17 +111,17 @@ def test_a_sweep_analyses_what_it_trained(tmp_path: Path) -> None:
     assert "| pixels | Elman | free | error |" in text
     assert "Every net; costs" in (folder / "report.html").read_text()
     assert (folder / "robustness.png").is_file()
-    sweep = sweeps.load(path)
-    (point,) = sweeps.points(sweep, "study")
-    assert sweeps.result_of(sweep, "study", point) == row
-    result = folder / point.name / sweeps.RESULT
+    sweep = load(path)
+    (point,) = points(sweep, "study")
+    assert result_of(sweep, "study", point) == row
+    result = folder / point.name / RESULT
     result.write_text(json.dumps({name: value for name, value in row.items() if name != "analysis"}))
-    assert sweeps.result_of(sweep, "study", point) is None  # it goes on with what is missing
+    assert result_of(sweep, "study", point) is None  # it goes on with what is missing
 
 
 def test_the_study_has_three_cells_in_five_forms_on_three_tasks() -> None:
     for name in ("robustness", "robustness_short"):
-        sweep = sweeps.load(PROJECT / f"configs/sweeps/{name}.yaml")
+        sweep = load(PROJECT / f"configs/sweeps/{name}.yaml")
         assert sweep.conclusion == "robustness"
         assert sweep.analyze
         names = [robustness.parts({"variant": variant}) for variant in sweep.variants]

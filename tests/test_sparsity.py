@@ -6,9 +6,9 @@ from pathlib import Path
 from recipes import sparsity
 from tests.helpers import overrides
 from trainer import recipe
-from trainer import sweep as sweeps
 from trainer.__main__ import main
 from trainer.config import PROJECT
+from trainer.sweep.config import load
 
 
 def test_sparse_nets_are_trained_timed_and_drawn(corpus: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_the_study_compares_at_equal_width_and_at_equal_parameters() -> None:
     from trainer.data.audio import FeaturesConfig
     from trainer.models.acoustic import AcousticModel
 
-    sweep = sweeps.load(PROJECT / "configs/sweeps/sparsity.yaml")
+    sweep = load(PROJECT / "configs/sweeps/sparsity.yaml")
     weights = {}
     for name, variant in sweep.variants.items():
         config = recipe.load("speech/read_ru_streaming", [*sweep.overrides, *variant.overrides]).config

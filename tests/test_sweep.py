@@ -14,11 +14,13 @@ from unittest.mock import Mock
 import pytest
 
 from trainer import recipe
-from trainer import sweep as sweeps
 from trainer.__main__ import main
 from trainer.config import PROJECT, load_yaml, plain
-from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, UserError
-from trainer.sweep import DrawConfig, SweepConfig, VariantConfig
+from trainer.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, RequeueError, UserError
+from trainer.sweep import workers as workshop
+from trainer.sweep.config import DrawConfig, SweepConfig, VariantConfig, load
+from trainer.sweep.points import _settings, check_same, points, result_of
+from trainer.sweep.table import sign_flip_test, table
 
 TINY = [
     "data.delay_steps=10",
@@ -101,20 +103,20 @@ def test_every_combination_is_a_run_and_the_table_has_them(whole: Path) -> None:
 
 def test_a_finished_run_of_other_settings_or_without_a_test_is_not_taken(whole: Path) -> None:
     """The settings of CONFIG itself are in no run's name."""
-    sweep = sweeps.load(whole / "tiny.yaml")
-    point = sweeps.points(sweep, "tiny")[0]
+    sweep = load(whole / "tiny.yaml")
+    point = points(sweep, "tiny")[0]
     folder, config = whole / "runs/tiny" / point.name, recipe.load(point.config, point.overrides).config
-    sweeps._check_same(folder, config)
+    check_same(folder, config)
     for changed, told in (
         (["model.hidden_size=12"], "model.hidden_size = 8, now 12"),
         (["max_steps=7"], "max_steps = 6, now 7"),
     ):
         with pytest.raises(UserError, match=told):
-            sweeps._check_same(folder, recipe.load(point.config, [*point.overrides, *changed]).config)
-    row = sweeps.result_of(sweep, "tiny", point)
+            check_same(folder, recipe.load(point.config, [*point.overrides, *changed]).config)
+    row = result_of(sweep, "tiny", point)
     (folder / "result.json").write_text(json.dumps({**row, "test": {}}))
-    assert sweeps.result_of(sweep, "tiny", point) is None
-    assert sweeps.result_of(sweep, "tiny", dataclasses.replace(point, test=False))
+    assert result_of(sweep, "tiny", point) is None
+    assert result_of(sweep, "tiny", dataclasses.replace(point, test=False))
     (folder / "result.json").write_text(json.dumps(row))
 
 
@@ -183,50 +185,58 @@ def test_draws_follow_from_the_name_and_stay_inside() -> None:
         samples=200,
         seeds=(0,),
     )
-    drawn = list(sweeps._settings(sweep, "a"))
-    assert drawn == list(sweeps._settings(sweep, "a")) != list(sweeps._settings(sweep, "b"))
+    drawn = list(_settings(sweep, "a"))
+    assert drawn == list(_settings(sweep, "a")) != list(_settings(sweep, "b"))
     rates = [d["optimizer.lr"] for d in drawn]
     assert all(1e-4 <= lr <= 1e-2 for lr in rates)
     assert 0.4 < sum(lr < 1e-3 for lr in rates) / 200 < 0.6
     assert {d["model.hidden_size"] for d in drawn} == set(range(8, 33))
     assert {d["optimizer.kind"] for d in drawn} == {"rmsprop", "adamw"}
-    assert len({p.name for p in sweeps.points(sweep, "a")}) == 200
+    assert len({p.name for p in points(sweep, "a")}) == 200
 
 
 def test_equal_runs_are_run_once() -> None:
     """Two processes would meet in one run directory."""
     draws = SweepConfig(config="copying/t1000", random={"model.hidden_size": DrawConfig(choices=(8, 9))}, seeds=(0, 0))
     grid = SweepConfig(config="copying/t1000", grid={"model.hidden_size": (8, 9, 8)}, seeds=(0, 1, 0))
-    assert len(sweeps.points(draws, "a")) == 2
-    assert len(sweeps.points(grid, "a")) == 4
+    assert len(points(draws, "a")) == 2
+    assert len(points(grid, "a")) == 4
 
 
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert sweeps.gpus() == ["0", "1"]
+    assert workshop.gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert sweeps.gpus() == ["4", "7"]
-    assert sweeps.default_workers() == 2
+    assert workshop.gpus() == ["4", "7"]
+    assert workshop.default_workers() == 2
     started = []
     monkeypatch.setattr(
-        sweeps,
+        workshop,
         "get_context",
         lambda how: SimpleNamespace(
             Pipe=Mock(return_value=(Mock(), Mock())), Process=lambda **of: started.append(of["args"]) or Mock()
         ),
     )
-    workers = sweeps.Workers(3, Path("nowhere"))
+    workers = workshop.Workers(3, Path("nowhere"))
     for number in range(3):
         workers._start(number)
     assert [arguments[3] for arguments in started] == ["4", "7", "4"]
 
 
+def test_an_analysis_ends_at_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.analysis.run.analyze", lambda run, recipe, split, options, say: say("analysis", 1, 9))
+    with pytest.raises(RequeueError):
+        workshop._analysis(Mock(), 5, SimpleNamespace(received=signal.SIGTERM))
+    with pytest.raises(TypeError):  # it goes on
+        workshop._analysis(Mock(), 5, SimpleNamespace(received=None))
+
+
 def test_pairs_are_compared_by_the_signs_of_their_differences() -> None:
-    assert sweeps.sign_flip_test([1.0, 1.0, 1.0]) == 2 / 8
-    assert sweeps.sign_flip_test([1.0, -1.0]) == 1.0
-    assert sweeps.sign_flip_test([1.0] * 10) == 2 / 1024
-    assert sweeps.sign_flip_test([1.0] * 20) < 1e-3 < 0.5 < sweeps.sign_flip_test([1.0, -1.0] * 10)
+    assert sign_flip_test([1.0, 1.0, 1.0]) == 2 / 8
+    assert sign_flip_test([1.0, -1.0]) == 1.0
+    assert sign_flip_test([1.0] * 10) == 2 / 1024
+    assert sign_flip_test([1.0] * 20) < 1e-3 < 0.5 < sign_flip_test([1.0, -1.0] * 10)
 
 
 def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
@@ -247,7 +257,7 @@ def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
         for variant, best in (("a", 1.0), ("b", 3.0))
         for seed in (0, 1, 2)
     ]
-    first, second = sweeps.table(sweep, rows)
+    first, second = table(sweep, rows)
     assert first["best loss"] == "2 +- 1"
     assert (first["paper"], first["wanted"]) == ("1.5", "below 2")
     assert first["against the first, 95 % (p)"] == ""
@@ -255,7 +265,7 @@ def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
     assert second["parameters"] == "21,764"
     assert second["seeds"] == "0, 1, 2"
     rows[3]["best"] = None  # no validation was a number
-    first, second = sweeps.table(sweep, rows)
+    first, second = table(sweep, rows)
     assert second["best loss"] == "inf"
     assert second["against the first, 95 % (p)"] == ""
 
@@ -263,9 +273,9 @@ def test_the_table_has_means_spreads_and_what_a_paper_says() -> None:
 def test_variants_are_compared_within_a_configuration_and_validation_chooses_a_strength() -> None:
     variants = {"plain": VariantConfig(), **{f"noise {s}": VariantConfig(family="noise") for s in (1, 2)}}
     sweep = SweepConfig(config=("copying/t1000", "adding/t200"), variants=variants, test=True, seeds=(0, 1, 2))
-    points = sweeps.points(sweep, "a")
-    assert len({p.name for p in points}) == len(points) == 2 * 3 * 3
-    assert points[0].variant == "copying/t1000, plain"
+    every = points(sweep, "a")
+    assert len({p.name for p in every}) == len(every) == 2 * 3 * 3
+    assert every[0].variant == "copying/t1000, plain"
     valid = {("copying", "noise 1"): 2, ("copying", "noise 2"): 1, ("adding", "noise 1"): 1, ("adding", "noise 2"): 2}
     rows = [
         {
@@ -273,9 +283,9 @@ def test_variants_are_compared_within_a_configuration_and_validation_chooses_a_s
             "best": valid.get((p.config.split("/")[0], p.label), 5), "parameters": 1, "steps": 1, "seconds": 60,
             "test": {"loss": {"plain": 3.0, "noise 1": 4.0 + p.seed / 10, "noise 2": 5.0}[p.label] + p.seed},
         }
-        for p in points
+        for p in every
     ]  # fmt: skip
-    lines = {line[""]: line for line in sweeps.table(sweep, rows)}
+    lines = {line[""]: line for line in table(sweep, rows)}
     assert [name for name in lines if name.endswith("*")] == ["adding/t200, noise 1 *", "copying/t1000, noise 2 *"]
     compared = "against the first, 95 % (p)"
     assert lines["adding/t200, plain"][compared] == ""
@@ -287,11 +297,11 @@ def test_variants_are_compared_within_a_configuration_and_validation_chooses_a_s
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_of_the_projects_sweeps_is_valid_and_compared_on_the_same_data(path: Path) -> None:
-    sweep, data = sweeps.load(path), dict[str, dict]()
-    points = sweeps.points(sweep, path.stem)
+    sweep, data = load(path), dict[str, dict]()
+    every = points(sweep, path.stem)
     if path.stem == "many":
-        assert len(points) == 500
-    for point in (p for p in points if p.seed == sweep.seeds[0]):
+        assert len(every) == 500
+    for point in (p for p in every if p.seed == sweep.seeds[0]):
         config = recipe.load(point.config, point.overrides).config
         assert data.setdefault(point.config, plain(config)["data"]) == plain(config)["data"], point.variant
 
@@ -307,7 +317,7 @@ def test_each_monitor_has_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyP
         }
         for label, monitor in (("a", "loss"), ("b", "error"))
     ]  # fmt: skip
-    monkeypatch.setattr(sweeps, "run", lambda *_: rows)
+    monkeypatch.setattr("trainer.sweep.run.run", lambda *_: rows)
     (tmp_path / "runs/tiny").mkdir(parents=True)
     assert main(["sweep", str(path)]) == 0
     assert {p.name for p in (tmp_path / "runs/tiny").glob("*.png")} == {"curves-loss.png", "curves-error.png"}

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from kernels.say import say_once
 from trainer import checkpoint as checkpoints
 from trainer import config as configuration
 from trainer import distributed, hosts, incidents, keyed, machine, transfer
@@ -31,7 +32,6 @@ from trainer.evaluation import Evaluator, left_out, to_device
 from trainer.examples import examples
 from trainer.models.block import recompute_blocks
 from trainer.models.normalization import update_statistics
-from trainer.models.recurrence import say_once
 from trainer.models.regularizers import activation_losses, at_step, penalises_weights, weight_penalty
 from trainer.optim import Plateau, set_lr
 from trainer.place import BACKWARD, CHECKPOINT, COLLECTIVE, DATA, END, FORWARD, START, board

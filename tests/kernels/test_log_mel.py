@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import log_mel as module
 from kernels.log_mel import explain, log_mel, reference
+from kernels.say import say_once
 from trainer.config import PROJECT
 
 needs_kernel = pytest.mark.skipif(module.MISSING is not None, reason=f"no C++ kernels: {module.MISSING}")
@@ -222,7 +223,7 @@ def test_without_the_library_the_reference_serves(
     before = log_mel(wave, window, mel, 160, FLOOR)
     monkeypatch.setattr(module, "MISSING", "the C++ kernels were not built")
     assert explain(wave) == "plain PyTorch: the C++ kernels were not built"
-    module._say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level("INFO", logger="kernels"):
         for _ in range(2):
             after = log_mel(wave, window, mel, 160, FLOOR)

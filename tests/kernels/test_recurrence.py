@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import kernels
 from kernels import cases, cpu, reference
 from kernels.reference import GATES
+from kernels.say import say_once
 from trainer.config import PROJECT
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernels: {cpu.MISSING}")
@@ -365,12 +366,10 @@ def test_short_names() -> None:
 
 def test_without_the_library_the_reference_serves(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """Everything still works, and one line says why it is slow."""
-    from kernels import ops
-
     u, weight = torch.randn(4, 2, 8), torch.randn(1, 2, 4, 4) * 0.3
     want, _, _ = kernels.recurrence(u, weight, cell="rnn_tanh")
     monkeypatch.setattr(cpu, "MISSING", "the C++ kernels were not built")
-    ops._say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level("INFO", logger="kernels"):
         for _ in range(2):
             got, _, _ = kernels.recurrence(u, weight, cell="rnn_tanh")

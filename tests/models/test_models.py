@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import kernels
+from kernels.say import say_once
 from tests.helpers import overrides
 from trainer import recipe
 from trainer.data.audio import AudioError
@@ -15,7 +16,6 @@ from trainer.engine import initialise
 from trainer.models.cells import TORCH, ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.encoders import Conv1dConfig, Conv2dConfig, ConvLayerConfig
 from trainer.models.normalization import KeyedDropout, MaskedBatchNorm, frame_mask
-from trainer.models.recurrence import say_once
 from trainer.models.rnn import RNNConfig
 from trainer.models.structure import (
     BandedConfig,
@@ -147,7 +147,6 @@ def test_one_line_says_why_a_net_without_the_kernels_is_slow(structure, cell, mo
     """Whatever takes their place."""
     monkeypatch.setattr(kernels.cpu, "MISSING", "no compiler")
     say_once.cache_clear()
-    kernels.ops._say_once.cache_clear()
     rnn = RNNConfig(hidden_size=8, num_layers=2, structure=structure, cell=cell).build(6)
     with caplog.at_level("WARNING"):
         rnn(inputs(6), LENGTHS)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kernels import reference
+from kernels.say import say_once
 from tests.helpers import fit, run_ranks
 from tests.models.test_models import kind
 from trainer import recipe
@@ -20,7 +21,6 @@ from trainer.engine import initialise
 from trainer.errors import UserError
 from trainer.models.cells import ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.initialization import GaussianConfig, GlorotConfig, SparseConfig
-from trainer.models.recurrence import say_once
 from trainer.models.regularizers import RegularizersConfig, activation_losses, at_step, fast_dropout, weight_penalty
 from trainer.models.regularizers.noise import (
     ExponentialDecayConfig,
@@ -486,7 +486,7 @@ def test_a_fast_dropout_net_is_the_mean_of_sampled_ones(moments: str, structure:
 
 def test_the_log_says_that_fast_dropout_has_a_loop_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     say_once.cache_clear()
-    with caplog.at_level("INFO", "trainer"):
+    with caplog.at_level("INFO", "kernels"):
         forward(stack(FAST, ElmanConfig()))
     assert "fast_dropout: a loop of its own" in caplog.text
 

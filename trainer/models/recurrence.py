@@ -5,7 +5,6 @@ What no kernel covers runs on the reference loop, with one logged line that says
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import kernels
 from kernels import products, reference
+from kernels.say import say_once
 from trainer.models.block import Block
 from trainer.models.cells import GATES, TORCH, CellConfig, LSTMConfig
 from trainer.models.initialization import DefaultConfig
@@ -27,7 +27,6 @@ from trainer.models.structure import Structure
 if TYPE_CHECKING:
     from trainer.models.rnn import RNNConfig
 
-log = logging.getLogger(__name__)
 
 State = tuple[Tensor, ...]
 """(h,) of shape (B, H), or (h, c) for an LSTM."""
@@ -163,12 +162,6 @@ def run(
         y = outputs[0][0] if len(ways) == 1 else torch.cat([y for y, _ in outputs], -1)
         return y, [last for _, last in outputs]
     return _kernel(ways, inputs, matrices, x, lengths, states, drawn)
-
-
-@lru_cache(maxsize=64)
-def say_once(text: str, level: int = logging.INFO) -> None:
-    """Tell the log which path is taken; a run clears the cache as it starts, so that each log has it."""
-    log.log(level, "%s", text)
 
 
 def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from kernels.say import say_once
 from trainer.config import Config
 from trainer.models.cells import GATES, CellConfig, LSTMConfig
 from trainer.models.initialization import (
@@ -22,7 +23,7 @@ from trainer.models.initialization import (
 )
 from trainer.models.normalization import KeyedDropout, LayerScale, NormKind, build_norm, frame_mask
 from trainer.models.parametrizations import ORTHOGONAL, FreeConfig, ParametrizationConfig
-from trainer.models.recurrence import Layer, RecurrentLayer, State, say_once
+from trainer.models.recurrence import Layer, RecurrentLayer, State
 from trainer.models.regularizers import Regularizer, RegularizersConfig
 from trainer.models.regularizers import fast_dropout as moments
 from trainer.models.structure import DenseConfig, StructureConfig

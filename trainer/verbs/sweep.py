@@ -44,33 +44,38 @@ def sweep(path: Path, workers: int | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer import plots, sweep_report
-    from trainer import sweep as sweeps
+    from trainer import plots
     from trainer.config import show
     from trainer.errors import UserError
+    from trainer.sweep import report
+    from trainer.sweep.conclusion import conclude
+    from trainer.sweep.config import load
+    from trainer.sweep.points import points, result_of
+    from trainer.sweep.run import run
+    from trainer.sweep.table import curves, markdown, table
 
-    config = sweeps.load(path)
+    config = load(path)
     if workers is not None:
         config = config.model_copy(update={"workers": workers})
     name, console = path.stem, Console()
     failed: UserError | None = None
     try:
-        rows = sweeps.run(config, name, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+        rows = run(config, name, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
     except UserError as error:
         if not (config.runs_dir / name / "results.jsonl").is_file():
             raise
-        failed, rows = error, [r for p in sweeps.points(config, name) if (r := sweeps.result_of(config, name, p))]
+        failed, rows = error, [r for p in points(config, name) if (r := result_of(config, name, p))]
     folder, title = config.runs_dir / name, f"{name}: means over seeds, +- their standard deviation"
     if rows:
-        tables, pictures = {title: sweeps.table(config, rows)}, []
+        tables, pictures = {title: table(config, rows)}, []
         chances = {label: v.chance for label, v in config.variants.items() if v.chance is not None}
         monitors = list(dict.fromkeys(row["monitor"] for row in rows))
         for monitor in monitors:
             pictures.append(folder / ("curves.png" if len(monitors) == 1 else f"curves-{monitor}.png"))
             own = [row for row in rows if row["monitor"] == monitor]
-            plots.sweep(sweeps.curves(config, name, own), chances, monitor, pictures[-1])
+            plots.sweep(curves(config, name, own), chances, monitor, pictures[-1])
         if config.conclusion is not None:
-            more = sweeps.conclude(config.conclusion, rows, folder)
+            more = conclude(config.conclusion, rows, folder)
             tables, pictures = tables | more.tables, [*more.pictures, *pictures]
         for heading, lines in tables.items():
             if len(lines[0]) > WIDEST:
@@ -81,11 +86,11 @@ def sweep(path: Path, workers: int | None = None) -> int:
             for line in lines:
                 shown.add_row(*line.values())
             console.print(shown, markup=False)
-        parts = [f"{heading}\n\n{sweeps.markdown(lines)}" for heading, lines in tables.items()]
+        parts = [f"{heading}\n\n{markdown(lines)}" for heading, lines in tables.items()]
         commands = {row["run"]: row["command"] for row in rows}
         listed = "".join(f"- {run}: `{command}`\n" for run, command in commands.items())
         (folder / "table.md").write_text("\n".join([*parts, listed]), encoding="utf-8")
-        sweep_report.write(folder / "report.html", name, tables, pictures, commands)
+        report.write(folder / "report.html", name, tables, pictures, commands)
         names = ", ".join(["table.md", *(path.name for path in pictures), "results.jsonl", "report.html"])
         console.print(f"{show(folder)}/{names}", highlight=False)
     if failed is not None:

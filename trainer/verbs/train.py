@@ -92,7 +92,8 @@ def train(config: str, overrides: list[str], signals: StopSignals) -> int:
 
     keep_pages()  # one step needs the memory that the last one gave back
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("trainer").setLevel(logging.INFO)
+    for ours in ("trainer", "kernels"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     if (notes := launch.notes()) is not None:
         board.publish(notes, int(os.environ["RANK"]))
     recipe = load(config, overrides)
