@@ -18,8 +18,8 @@ from trainer.config import Free
 from trainer.data import columns
 from trainer.data.audio import AudioError
 from trainer.data.augment import SpecAugment
+from trainer.data.buckets import BucketedConfig
 from trainer.data.dataset import Batch, Dataset, Media
-from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared, vocabulary
 from trainer.data.text import BLANK, PhonesConfig, Tokens, UnknownCharacterError

@@ -15,8 +15,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from trainer.data.audio import FeaturesConfig
+from trainer.data.buckets import BucketedConfig
 from trainer.data.dataset import Batch
-from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig, SpeechDataset
 from trainer.metrics import Loss, Mean

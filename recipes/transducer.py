@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchaudio.functional import rnnt_loss
 
 from trainer.data.augment import SpecAugment
+from trainer.data.buckets import BucketedConfig
 from trainer.data.dataset import Batch
-from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared
 from trainer.data.text import BLANK, Tokens

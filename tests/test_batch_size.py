@@ -14,7 +14,7 @@ from tests.helpers import overrides
 from trainer import batch_size, memory
 from trainer.__main__ import main
 from trainer.batch_size import Trial, of_the_longest
-from trainer.data.plan import BucketedConfig, BucketedPlan
+from trainer.data.buckets import BucketedConfig, BucketedPlan
 from trainer.errors import EXIT_USER_MISTAKE, UserError
 
 

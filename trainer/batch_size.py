@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.plan import BucketedConfig, Steps
+from trainer.data.buckets import BucketedConfig
+from trainer.data.plan import Steps
 from trainer.errors import UserError
 
 CLOSE_ENOUGH = 1.05

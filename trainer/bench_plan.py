@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer import keyed
-from trainer.data.plan import BucketedConfig, BucketedPlan, EpochSteps, Lengths, Measures
+from trainer.data.buckets import BucketedConfig, BucketedPlan, EpochSteps, Lengths, Measures
 from trainer.errors import UserError
 
 LIBRISPEECH = {

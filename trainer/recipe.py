@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
 from trainer.config import PROJECT, Config, Free
+from trainer.data.buckets import BucketedConfig
 from trainer.data.dataset import Batch, Dataset, Media
 from trainer.data.generated import GeneratedConfig
-from trainer.data.plan import BucketedConfig
 from trainer.data.stream import StreamConfig
 from trainer.distributed import Precision, ZeroConfig
 from trainer.errors import UserError

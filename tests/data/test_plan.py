@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from trainer import keyed
 from trainer.bench_plan import disorder, librispeech_plan
-from trainer.data.plan import PLANS_KEPT, BucketedConfig, BucketedPlan, Lengths, Measures, MicroBatch, Step, Steps, mine
+from trainer.data.buckets import PLANS_KEPT, BucketedConfig, BucketedPlan, Lengths, Measures
+from trainer.data.plan import MicroBatch, Step, Steps, mine
 from trainer.errors import UserError
 
 CONFIG = BucketedConfig(micro_batch_seconds=60, micro_batches_per_step=4, num_buckets=10, window_shards=4)

@@ -22,12 +22,12 @@ from trainer.__main__ import main
 from trainer.config import PROJECT
 from trainer.data import shards
 from trainer.data.audio import FeaturesConfig
+from trainer.data.buckets import BucketedConfig
 from trainer.data.corpora.base import read_text
 from trainer.data.corpora.manifest import ManifestConfig
 from trainer.data.examine import read_sound
 from trainer.data.index import Index, index_path
 from trainer.data.lint import collect, lint
-from trainer.data.plan import BucketedConfig
 from trainer.data.prepare import prepare
 from trainer.data.remote import RemoteConfig
 from trainer.data.shards import make_indexes

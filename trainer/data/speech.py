@@ -31,11 +31,12 @@ from trainer.data.audio import (
     stretched,
 )
 from trainer.data.augment import AugmentConfig, SpecAugment, WaveAugment
+from trainer.data.buckets import BucketedConfig, BucketedPlan, Lengths, Measures
 from trainer.data.corpora import CorpusConfig, ManifestConfig
 from trainer.data.dataset import MISSING, Batch, Fault, Media
 from trainer.data.index import BLOCK, Entry, Index, index_path
 from trainer.data.mirror import bundle_indexes, mirror
-from trainer.data.plan import BucketedConfig, BucketedPlan, Lengths, Measures, MicroBatch
+from trainer.data.plan import MicroBatch
 from trainer.data.reader import ShardReader
 from trainer.data.remote import GIGABYTE, Ahead, Cache, RemoteConfig
 from trainer.data.tars import transcript

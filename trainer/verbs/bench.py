@@ -231,7 +231,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from rich.table import Table
 
     from trainer import bench_plan
-    from trainer.data.plan import BucketedConfig
+    from trainer.data.buckets import BucketedConfig
     from trainer.errors import UserError
 
     try:
