@@ -21,7 +21,8 @@ from trainer.data.augment import SpecAugment
 from trainer.data.buckets import BucketedConfig
 from trainer.data.dataset import Batch, Dataset, Media
 from trainer.data.prepare import prepare
-from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared, vocabulary
+from trainer.data.prepared import SpeechDataConfig, build_log_mel, build_tokens, open_prepared, vocabulary
+from trainer.data.speech import SpeechDataset
 from trainer.data.text import BLANK, PhonesConfig, Tokens, UnknownCharacterError
 from trainer.decoding import Decoder, DecoderConfig, GreedyConfig
 from trainer.decoding.alignment import words

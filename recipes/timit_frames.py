@@ -18,7 +18,8 @@ from trainer.data.audio import FeaturesConfig
 from trainer.data.buckets import BucketedConfig
 from trainer.data.dataset import Batch
 from trainer.data.prepare import prepare
-from trainer.data.speech import SpeechDataConfig, SpeechDataset
+from trainer.data.prepared import SpeechDataConfig
+from trainer.data.speech import SpeechDataset
 from trainer.metrics import Loss, Mean
 from trainer.models.normalization import frame_mask
 from trainer.models.rnn import RNNConfig

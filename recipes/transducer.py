@@ -16,7 +16,8 @@ from trainer.data.augment import SpecAugment
 from trainer.data.buckets import BucketedConfig
 from trainer.data.dataset import Batch
 from trainer.data.prepare import prepare
-from trainer.data.speech import SpeechDataConfig, SpeechDataset, build_log_mel, build_tokens, open_prepared
+from trainer.data.prepared import SpeechDataConfig, build_log_mel, build_tokens, open_prepared
+from trainer.data.speech import SpeechDataset
 from trainer.data.text import BLANK, Tokens
 from trainer.metrics import Loss, add, edits
 from trainer.models.acoustic import AcousticModel

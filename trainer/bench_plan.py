@@ -56,7 +56,7 @@ def generate(folder: Path, utterances: int, per_shard: int, sample_rate_hz: int,
         per_shard: utterances in a shard.
         features: of the configuration, for which the band statistics are made up.
     """
-    from trainer.data.speech import BandStatistics, Prepared, SplitInfo, write_prepared
+    from trainer.data.prepared import BandStatistics, Prepared, SplitInfo, write_prepared
 
     train = folder / "train"
     train.mkdir(parents=True)
@@ -107,7 +107,7 @@ def stand_in(config: str, overrides: Sequence[str], utterances: int, per_shard: 
         UserError: the configuration is not of speech.
     """
     from trainer import recipe
-    from trainer.data.speech import SpeechDataConfig
+    from trainer.data.prepared import SpeechDataConfig
 
     loaded = recipe.load(config, [*overrides, *PLAIN]).config
     if not isinstance(data := getattr(loaded, "data", None), SpeechDataConfig):

@@ -14,7 +14,7 @@ from trainer.data.audio import AudioError, decode_matrix
 from trainer.data.dataset import Media
 from trainer.data.examine import find_shards, read_sound
 from trainer.data.lint import as_prepared, prepared_at
-from trainer.data.speech import SpeechDataConfig
+from trainer.data.prepared import SpeechDataConfig
 from trainer.data.tars import Pair, read_contents, transcript
 from trainer.errors import UserError
 from trainer.page import escape, sound, write_page

@@ -15,7 +15,7 @@ from trainer.data.audio import AudioError, FeaturesConfig, decode_matrix
 from trainer.data.index import Index
 from trainer.data.matrices import read_matrix
 from trainer.data.prepare import prepare
-from trainer.data.speech import SpeechDataConfig
+from trainer.data.prepared import SpeechDataConfig
 from trainer.data.text import TextConfig
 from trainer.errors import UserError
 

@@ -27,7 +27,7 @@ from trainer.data.corpora.tones import TonesConfig
 from trainer.data.index import FORMAT, Index, index_path
 from trainer.data.parallel import signals_put_off
 from trainer.data.prepare import prepare
-from trainer.data.speech import Prepared, SpeechDataConfig
+from trainer.data.prepared import Prepared, SpeechDataConfig
 from trainer.data.text import TextConfig, ctc_frames
 from trainer.errors import UserError
 
@@ -331,7 +331,7 @@ import sys
 from pathlib import Path
 from trainer.data.corpora.tones import TonesConfig
 from trainer.data.prepare import prepare
-from trainer.data.speech import SpeechDataConfig
+from trainer.data.prepared import SpeechDataConfig
 corpus = TonesConfig(num_utterances=3000)
 prepare(SpeechDataConfig(corpus=corpus, path=Path(sys.argv[1]), samples_per_shard=4), processes=2)
 """

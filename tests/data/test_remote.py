@@ -23,8 +23,8 @@ from trainer import recipe
 from trainer.data import remote, transfer
 from trainer.data.index import Index
 from trainer.data.mirror import bundle_name, mirror
+from trainer.data.prepared import Prepared
 from trainer.data.remote import STATE, Ahead, Cache, RemoteConfig
-from trainer.data.speech import Prepared
 from trainer.data.transfer import Answer, Http, Pipe, Source, TransferError, Version, fetch, open_source
 from trainer.errors import UserError
 

@@ -29,9 +29,10 @@ from trainer.data.examine import read_sound
 from trainer.data.index import Index, index_path
 from trainer.data.lint import collect, lint
 from trainer.data.prepare import prepare
+from trainer.data.prepared import Prepared, SpeechDataConfig
 from trainer.data.remote import RemoteConfig
 from trainer.data.shards import make_indexes
-from trainer.data.speech import Prepared, SpeechDataConfig, SpeechDataset
+from trainer.data.speech import SpeechDataset
 from trainer.data.tars import read_contents, transcript
 from trainer.data.text import PhonesConfig, SubwordsConfig, TextConfig
 from trainer.errors import UserError

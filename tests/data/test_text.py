@@ -11,7 +11,7 @@ from tests.data import layouts
 from trainer.data.corpora.manifest import ManifestConfig
 from trainer.data.index import Index
 from trainer.data.prepare import prepare
-from trainer.data.speech import Prepared, SpeechDataConfig, build_tokens
+from trainer.data.prepared import Prepared, SpeechDataConfig, build_tokens
 from trainer.data.text import (
     BLANK,
     SUBWORDS_FILE,

@@ -15,12 +15,8 @@ from pydantic import TypeAdapter
 from trainer.config import show
 from trainer.data.examine import Examined, Facts, Look, examine_all, find_shards
 from trainer.data.index import Entry, index_path
+from trainer.data.prepared import Prepared, SpeechDataConfig, build_tokens
 from trainer.data.shards import count_labels, learn_subwords, rate_of, training_texts
-from trainer.data.speech import (
-    Prepared,
-    SpeechDataConfig,
-    build_tokens,
-)
 from trainer.data.tars import Problem
 from trainer.data.text import (
     Subwords,

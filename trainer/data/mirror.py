@@ -27,7 +27,7 @@ from trainer.data.transfer import Source, TransferError, fetch, open_source, pub
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.data.speech import ShardFile
+    from trainer.data.prepared import ShardFile
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def mirror(folder: Path, remote: RemoteConfig) -> None:
     Raises:
         UserError: they cannot be had, or are none.
     """
-    from trainer.data.speech import Prepared
+    from trainer.data.prepared import Prepared
 
     assert remote.url is not None
     where = f"data.remote.url = {public(remote.url)}"

@@ -30,7 +30,7 @@ from trainer.data.index import index_path
 from trainer.data.mirror import bundle_name
 from trainer.data.packing import NOTES, Note, Sample, Task, feature_settings, is_done, note_path, read_note, write_shard
 from trainer.data.parallel import Display, results, stop_by_exception
-from trainer.data.speech import (
+from trainer.data.prepared import (
     BandStatistics,
     Prepared,
     SpeechDataConfig,

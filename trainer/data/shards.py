@@ -14,7 +14,7 @@ from trainer.data.examine import Examined, Facts, Look, examine_all, find_shards
 from trainer.data.index import Entry, index_path, write_index
 from trainer.data.packing import NOTES
 from trainer.data.prepare import band_statistics
-from trainer.data.speech import (
+from trainer.data.prepared import (
     FOREIGN,
     Prepared,
     SpeechDataConfig,

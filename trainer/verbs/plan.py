@@ -52,7 +52,7 @@ def _print(config_name: str, overrides: list[str], world_size: int, what: str = 
     from rich.text import Text
 
     from trainer import distributed
-    from trainer.data.speech import SpeechDataConfig
+    from trainer.data.prepared import SpeechDataConfig
     from trainer.errors import UserError
     from trainer.evaluation import left_out
     from trainer.models.regularizers import penalises_weights

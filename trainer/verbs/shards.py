@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _recipe(settings: list[str]) -> "tuple[Recipe[Any], bool]":
     """The speech recipe with CONFIG and overrides, and whether nobody has said the sample rate."""
-    from trainer.data.speech import SpeechDataConfig
+    from trainer.data.prepared import SpeechDataConfig
     from trainer.errors import UserError
     from trainer.recipe import from_plain, load
 
