@@ -11,8 +11,9 @@ import kernels
 from kernels.say import say_once
 from tests.helpers import overrides
 from trainer import recipe
-from trainer.data.audio import AudioError
+from trainer.data.audio import AudioError, FeaturesConfig
 from trainer.engine import initialise
+from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.models.cells import TORCH, ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.encoders import Conv1dConfig, Conv2dConfig, ConvLayerConfig
 from trainer.models.normalization import KeyedDropout, MaskedBatchNorm, frame_mask
@@ -169,6 +170,14 @@ def test_a_scaled_stack_begins_as_a_shallow_one() -> None:
     torch.testing.assert_close(added[1], 10 * added[0], rtol=0, atol=0.02 * float(added[1].abs().max()))
     with pytest.raises(ValueError, match="with residual = false"):
         RNNConfig(residual_scale=0.1)
+
+
+def test_the_middle_layer_has_labels_where_the_last_one_is_of_another_size() -> None:
+    rnn = RNNConfig(hidden_size=6, last_size=4, num_layers=3, directions="concat")
+    model = AcousticModel(AcousticConfig(rnn=rnn, intermediate_ctc=0.3), FeaturesConfig(num_bands=8).build(16000), 5)
+    output, lengths, middle = model(inputs(8, 40), torch.tensor([40, 30, 20]))
+    assert lengths.tolist() == [10, 8, 5]
+    assert output.shape == middle.shape == (3, 10, 5)
 
 
 def test_dropout_belongs_to_the_sample_and_the_layer() -> None:

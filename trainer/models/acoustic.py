@@ -101,7 +101,8 @@ class AcousticModel(nn.Module):
         self.lookahead = RowConvolution(width, config.lookahead_frames) if config.lookahead_frames else None
         self.output = nn.Linear(width, num_classes)
         self.middle = (config.rnn.num_layers + 1) // 2 - 1
-        self.middle_output = nn.Linear(width, num_classes) if config.intermediate_ctc else None
+        size = config.rnn.of_layer(self.middle).output_size
+        self.middle_output = nn.Linear(size, num_classes) if config.intermediate_ctc else None
 
     def forward(
         self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None, valid: Tensor | None = None

@@ -121,8 +121,10 @@ class RNNConfig(Config):
 
     def of_layer(self, number: int) -> "RNNConfig":
         """Of a layer by itself."""
-        last = self.last_size is not None and number == self.num_layers - 1
-        return self.model_copy(update={"hidden_size": self.last_size, "last_size": None}) if last else self
+        if self.last_size is None:
+            return self
+        size = self.last_size if number == self.num_layers - 1 else self.hidden_size
+        return self.model_copy(update={"hidden_size": size, "last_size": None})
 
     def build(self, input_size: int) -> "RNN":
         return RNN(self, input_size)
