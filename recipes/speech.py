@@ -96,12 +96,8 @@ class Speech(Recipe[SpeechRunConfig]):
         return found
 
     def inputs(self) -> Inputs:
-        features = self.config.data.features
-        if features.kind == "precomputed":
-            return Inputs("audio")
-        hop = round(self.config.data.sample_rate_hz * features.hop_ms / 1000)
-        as_sound = ("data.features.where=model",)
-        return Inputs("audio", low=-1.0, high=1.0, relative=True, frame=hop, overrides=as_sound)
+        data = self.config.data
+        return Inputs("audio") if data.features.kind == "precomputed" else Inputs.sound(data.hop_samples)
 
     def describe(self, model: nn.Module) -> dict[str, str]:
         assert isinstance(model, AcousticModel)

@@ -22,7 +22,7 @@ from trainer.data.text import BLANK, Tokens
 from trainer.metrics import Loss, add, edits
 from trainer.models.acoustic import AcousticModel
 from trainer.models.transducer import Transducer, TransducerConfig
-from trainer.recipe import Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
 
 
 class TransducerRunConfig(RunConfig):
@@ -62,6 +62,10 @@ class TransducerRecipe(Recipe[TransducerRunConfig]):
     def build_dataset(self, split: Split) -> SpeechDataset:
         config = self.config
         return SpeechDataset(config.data, split, config.plan, config.seed, self.num_output_frames)
+
+    def inputs(self) -> Inputs:
+        data = self.config.data
+        return Inputs("audio") if data.features.kind == "precomputed" else Inputs.sound(data.hop_samples)
 
     def num_output_frames(self, frames: NDArray[np.int64]) -> NDArray[np.int64]:
         """Output frames for so many feature frames."""

@@ -144,6 +144,9 @@ def test_evaluation_counts_every_token_and_a_run_generates_and_scores(
     assert best[0] == scorer.vocabulary.decode([int(log_p.argmax())])
     tokens = torch.from_numpy(scorer.vocabulary.encode("the cat").astype("int64"))[None]
     assert scorer.score(tokens, torch.tensor([7])).sum() < 0
+    capsys.readouterr()
+    assert main(["analyze", str(run), "samples=2", "sizes=0.1"]) == 0
+    assert "each window of the stream began from zeros" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_commands_of_the_page_run(
@@ -206,6 +209,25 @@ def test_awd_lstm_has_its_published_weights() -> None:
     with torch.device("meta"):
         model = config.build(10_000)
     assert sum(p.numel() for p in model.parameters()) == 24_221_600
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Characters are numbered by how often they are: with another text the same numbers mean other ones."""
+    for split, content in TEXTS.items():
+        (tmp_path / f"{split}.txt").write_text(content)
+    arguments = tiny(tmp_path, tmp_path / "runs", "max_steps=1")
+    recipe.load(CONFIG, arguments).prepare()
+    run_ranks(1, fit, arguments, CONFIG)
+    run = tmp_path / "runs/run"
+    Scorer.load(run)
+    assert main(["generate", str(run), "length=3"]) == 0
+    rarest = min(set(TEXTS["train"]) - {"\n"}, key=TEXTS["train"].count)
+    (tmp_path / "train.txt").write_text(TEXTS["train"] + rarest * 10 * len(TEXTS["train"]))
+    recipe.load(CONFIG, arguments).prepare()
+    assert main(["generate", str(run), "length=3"]) == 2
+    assert "train: tokens: saved " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"train: tokens: saved .*\n.*this is other data"):
+        Scorer.load(run)
 
 
 def test_a_run_of_another_recipe_is_no_scorer(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from torchaudio.functional import rnnt_loss
 
 from tests.helpers import fit, run_ranks
 from trainer import recipe
+from trainer.analysis import perturbations
+from trainer.analysis.perturbations import Judge
+from trainer.analysis.study import Options, choose, curves_of
 from trainer.data.audio import FeaturesConfig
 from trainer.engine import initialise
 from trainer.errors import UserError
@@ -111,3 +114,21 @@ def test_it_trains(corpus, tmp_path) -> None:
     first, second = task.step(model, batch).rows[:2]
     assert first.facts == {"seconds": pytest.approx(float(batch["seconds"][0]), abs=1e-3), "speaker": "anna"}
     assert second.facts.keys() == {"seconds"}
+
+
+def test_noise_and_attacks_reach_its_sound(corpus, tmp_path) -> None:
+    arguments = [
+        f"data.path={corpus}", "data.features.num_bands=20", "model.encoder.rnn.hidden_size=16",
+        "model.predictor.hidden_size=8", "plan.micro_batch_seconds=5",
+    ]  # fmt: skip
+    task = recipe.load("transducer/tones", arguments)
+    task = recipe.load("transducer/tones", [*arguments, *task.inputs().overrides])
+    model = task.build_model().eval()
+    initialise(model, 0)
+    perturbations.plain_weights(model)
+    judge = Judge(task, model, choose(task.build_dataset("test"), 2))
+    for kind in ("gaussian", "pgd_l2"):
+        (run,) = (run for name, run in curves_of(judge, Options(seeds=1, sizes=(0.0, 0.3))) if name == kind)
+        none, some = run()
+        assert none == judge.score()
+        assert some["loss"] > none["loss"] if kind == "pgd_l2" else some["loss"] != none["loss"]

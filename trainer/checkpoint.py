@@ -183,6 +183,14 @@ class Checkpoint:
                 f"run with name=OTHER and init_from={run} to take its weights"
             )
 
+    def check_labels(self, found: Mapping[str, str]) -> None:
+        """Compare what the model's inputs and outputs mean, whichever samples there are now; as `check_data`.
+
+        Args:
+            found: the identity of a data set.
+        """
+        self.check_data({"train": {name: value for name, value in found.items() if name != "samples"}})
+
 
 def shapes_of(model: nn.Module) -> dict[str, list[int]]:
     """Shape of every tensor of a model by name."""

@@ -149,7 +149,7 @@ def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> list[tuple[Path,
     try:
         mapping = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"{show(path)}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{show(path)}: cannot be read: {error.strerror}; name another file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{show(path)}: is not UTF-8 text: {error}") from error
     except NOT_YAML as error:

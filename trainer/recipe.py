@@ -123,6 +123,12 @@ class Inputs:
     overrides: tuple[str, ...] = ()
     """key=value that bring the entry into the batch, e.g. sound in place of features."""
 
+    @classmethod
+    def sound(cls, frame: int) -> "Inputs":
+        """Of speech: the sound, from which the model computes its features then."""
+        overrides = ("data.features.where=model",)
+        return cls("audio", low=-1.0, high=1.0, relative=True, frame=frame, overrides=overrides)
+
 
 class ValidationConfig(Config):
     """When the validation split is scored and what follows from it."""

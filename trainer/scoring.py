@@ -43,7 +43,8 @@ class Scorer:
             overrides: `key=value`, e.g. data.path=... where the prepared text lies elsewhere now.
 
         Raises:
-            UserError: there is no such run, it has no checkpoint, or it is no language model.
+            UserError: there is no such run, it has no checkpoint, it is no language model, or its vocabulary is
+                not the one at hand.
         """
         directory = RunDirectory.existing(str(run))
         recipe: Any = from_plain(directory.saved_config(), show(directory.config), overrides)
@@ -54,6 +55,7 @@ class Scorer:
             )
         best = checkpoint.best(directory.checkpoints)
         best.check_shapes(checkpoint.shapes_of(model))
+        best.check_labels({"tokens": recipe.vocabulary.identity})
         model.load_state_dict(best.weights())
         return cls(model.to(device), recipe.vocabulary)
 

@@ -8,7 +8,9 @@ import pytest
 from tests.data.test_generated import write_set
 from tests.helpers import fit, run_ranks
 from trainer.__main__ import main
+from trainer.errors import UserError
 from trainer.run import read_lines
+from trainer.verbs.analyze import decibels
 
 
 def test_a_run_is_analysed_and_its_report_shows_it(
@@ -29,6 +31,10 @@ def test_a_run_is_analysed_and_its_report_shows_it(
     assert "error with every recurrent matrix scaled down, not trained further: norm at most 1: " in told
     assert main(["analyze", "run", "sizes=0,0.1"]) == 2
     assert "sizes = '0,0.1': wanted numbers above 0 and up to 1" in capsys.readouterr().err
+    assert main(["analyze", "run", "snr_db=20"]) == 2
+    assert "snr_db = '20': the run's inputs are no sound" in capsys.readouterr().err
+    assert main(["analyze", "run", "smaples=3"]) == 2
+    assert "smaples: there is no such key; did you mean samples?" in capsys.readouterr().err
     folder = tmp_path / "runs/run/analysis"
     values = json.loads((folder / "analysis.json").read_text())
     assert set(values["recurrences"]["rnn.layers.0.0"]["gates"]) == {"reset", "update", "new"}
@@ -39,6 +45,13 @@ def test_a_run_is_analysed_and_its_report_shows_it(
     assert 0.5 < values["summary"]["nonnormality_at_start"] < 0.9  # a random matrix is far from normal
     assert len(list(folder.glob("*.png"))) == 4
     assert "Recurrence and robustness" in (tmp_path / "runs/run/report.html").read_text()
+
+
+def test_signal_to_noise_ratios_are_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert decibels("20,40, 0") == pytest.approx([0.01, 0.1, 1.0])
+    for wrong in ("-3", "loud", "20,", "nan", "inf"):
+        with pytest.raises(UserError, match="wanted ratios in dB from 0 on"):
+            decibels(wrong)
 
 
 def test_what_cannot_be_perturbed_is_told(

@@ -1,9 +1,10 @@
 """Noise and attacks of a size on inputs, and what the task's metric becomes.
 
-Sizes are per number, so that long and short samples bear the same: of noise and of attacks in the 2-norm it is the root
-mean square of what is added, of those in the largest norm its largest value. Where a recipe says so (sound) they are
-shares of each sample's own root mean square r: a size s is a signal-to-noise ratio of -20 log10 s dB. Of frames dropped
-and of zeros and ones flipped it is the share. What is added stays within the recipe's bounds: a binary number bears
+Sizes are per number, so that long and short samples bear the same: of Gaussian noise and of attacks in the 2-norm it is
+the root mean square of what is added, of uniform noise and of attacks in the largest norm its largest value. Where a
+recipe says so (sound) they are shares of each sample's own root mean square r: a size s of the first two is a
+signal-to-noise ratio of -20 log10 s dB, of uniform noise one of 4.8 dB more. Of frames dropped and of zeros and ones
+flipped it is the share. What is added stays within the recipe's bounds: a binary number bears
 what lies between 0 and 1.
 
 Sources: Goodfellow, Shlens & Szegedy 2015, arXiv:1412.6572 (FGSM); Madry et al. 2018, arXiv:1706.06083 (PGD); Papernot

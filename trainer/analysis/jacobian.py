@@ -10,6 +10,7 @@ Sources: Benettin et al. 1980 (products by repeated QR); Engelken, Wolf & Abbott
 nets); Vogt et al. 2022, arXiv:2006.14123.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from kernels import reference
 from trainer.analysis.recurrences import recurrences
 from trainer.models.linear import reverse_rows
 from trainer.models.recurrence import Layer, RecurrentLayer
+
+# torch's forward derivatives script some functions of its own when they are first asked for.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 Step = Callable[[Tensor, Tensor], Tensor]
 

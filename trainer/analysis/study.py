@@ -95,6 +95,8 @@ def study(recipe: Recipe[Any], model: nn.Module, split: Split, options: Options,
             found[name]["gates"][gate] = numbers
             advance()
     batch = max(judge.batches, key=lambda b: int(b["valid"].sum()), default=None)
+    with torch.no_grad():
+        values["stream"] = batch is not None and recipe.step(model, batch).state is not None
     seen = {} if batch is None else jacobian.inputs_of_layers(model, lambda: recipe.step(model, batch))
     for name, layer in layers.items():
         if name in seen:

@@ -5,6 +5,7 @@ order of their names.
 """
 
 import hashlib
+import pickle
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -132,7 +133,8 @@ def _load(net: nn.Module, config: CNNConfig) -> None:
         wanted = net.state_dict()
         net.load_state_dict({name: values[name] for name in wanted})
     except Exception as error:  # a download, a file, or what is in it
-        reason = " ".join(str(error).split())[:200]
+        torn = isinstance(error, pickle.UnpicklingError)  # torch's advice is to read it unsafely
+        reason = "not a file of tensors alone" if torn else " ".join(str(error).split())[:200]
         raise UserError(
             f"data.corpus.cnn.weights = {config.weights}: cannot be loaded ({type(error).__name__}: {reason}); {cure}"
         ) from error

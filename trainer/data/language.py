@@ -73,7 +73,10 @@ def prepare(config: LanguageDataConfig, progress: Progress) -> dict[Split, Count
         (folder / "corpus.json").unlink(missing_ok=True)
     texts = config.corpus.read(folder, progress)
     if empty := [split for split in SPLITS if not texts[split].strip()]:
-        raise UserError(f"data.corpus.kind = {config.corpus.kind}: holds no text for {', '.join(empty)}")
+        raise UserError(
+            f"data.corpus.kind = {config.corpus.kind}: holds no text for {', '.join(empty)}; "
+            "put text there, or name other files in data.corpus"
+        )
     progress("vocabulary", 0, 1)
     vocabulary: Vocabulary = config.tokens.learn(texts)
     progress("vocabulary", 1, 1)

@@ -55,6 +55,11 @@ class SpeechDataConfig(Config):
         """Values a second of what a shard holds: samples, or rows of a feature matrix."""
         return self.features.rate_hz(self.sample_rate_hz)
 
+    @property
+    def hop_samples(self) -> int:
+        """Samples from one feature frame to the next."""
+        return round(self.sample_rate_hz * self.features.hop_ms / 1000)
+
 
 class ShardFile(BaseModel):
     """What tells whether a shard and its index are the ones that were made."""

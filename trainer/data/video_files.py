@@ -103,7 +103,7 @@ def _listed(folder: Path, fold: int) -> dict[tuple[str, str], str]:
     if not found:
         raise UserError(
             f"data.corpus.lists = {folder}: holds neither trainlist{fold:02d}.txt and testlist{fold:02d}.txt (UCF101) "
-            f"nor CLASS{ending} (HMDB51)"
+            f"nor CLASS{ending} (HMDB51); name the folder that holds them"
         )
     return found
 

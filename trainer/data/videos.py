@@ -91,7 +91,10 @@ class VideosConfig(Config):
             labels = _labels(tasks, notes)
             if empty := [split for split, found in labels.items() if not found]:
                 reason = f"; left out: {bad[0]}" if bad else ""
-                raise UserError(f"data.corpus.path = {self.path}: no clip for {' and '.join(empty)}{reason}")
+                raise UserError(
+                    f"data.corpus.path = {self.path}: no clip for {' and '.join(empty)}{reason}; "
+                    "put clips there, or name other split lists"
+                )
             shape = next(note["shape"] for note in notes if note["keys"])
             made = {"made_of": made_of, "classes": classes, "shape": shape, "labels": labels}
             temporary = folder / f"{CORPUS}.tmp"

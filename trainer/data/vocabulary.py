@@ -192,7 +192,10 @@ class Characters:
         codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
         places = np.searchsorted(self._codes, codes).clip(max=len(self) - 1)
         if len(odd := np.flatnonzero(self._codes[places] != codes)):
-            raise UserError(f"{chr(int(codes[odd[0]]))!r}: is in none of the texts that were prepared; leave it out")
+            raise UserError(
+                f"{chr(int(codes[odd[0]]))!r}: is in none of the texts that were prepared; leave it out of the text "
+                "(prompt)"
+            )
         return self._order[places].astype(np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -226,7 +229,10 @@ class Words:
                 for word in self.config.words(line):
                     found = self.number.get(word, self.unknown)
                     if found is None:
-                        raise UserError(f"{word!r}: is not in the vocabulary, which has no {UNKNOWN}; leave it out")
+                        raise UserError(
+                            f"{word!r}: is not in the vocabulary, which has no {UNKNOWN}; leave it out "
+                            "of the text (prompt)"
+                        )
                     yield found
                 yield self.start
 

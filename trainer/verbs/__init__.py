@@ -1,6 +1,7 @@
 """What `./launch.sh VERB` runs: a module a verb, with `add_arguments(parser)` and `main(arguments) -> exit code`."""
 
 import argparse
+import difflib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,7 +19,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """[key=value ...]"""
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. optimizer.lr=1e-3")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. optimizer.lr=1e-3")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -66,11 +67,14 @@ def find_run(name: str) -> "RunDirectory":
     return RunDirectory.existing(name)
 
 
-def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunDirectory, Recipe[Any], Split]":
+def open_run(
+    arguments: argparse.Namespace, weights: bool = True, own: tuple[str, ...] = ()
+) -> "tuple[RunDirectory, Recipe[Any], Split]":
     """RUN [split=SPLIT] [key=value ...]: the run, its recipe with the saved configuration, and the split (test).
 
     Args:
         weights: check that the saved weights fit the model of this configuration.
+        own: keys of the verb that `take` looked for: one that was misspelt is told.
 
     Raises:
         UserError: no such run or split, or the weights do not fit.
@@ -85,7 +89,12 @@ def open_run(arguments: argparse.Namespace, weights: bool = True) -> "tuple[RunD
     if split is None:
         raise UserError(f"the command line: split = {given!r}: wanted train, valid or test")
     run = find_run(arguments.run)
-    recipe = of_trained(run.saved_config(), show(run.config), with_recorded(overrides, run))
+    saved = run.saved_config()
+    for name in (o.partition("=")[0] for o in overrides):
+        near = difflib.get_close_matches(name, [*own, "split"], n=1)
+        if near and name.partition(".")[0] not in saved:
+            raise UserError(f"the command line: {name}: there is no such key; did you mean {near[0]}?")
+    recipe = of_trained(saved, show(run.config), with_recorded(overrides, run))
     if weights:
         _check_shapes(run, recipe)
     return run, recipe, split

@@ -2,7 +2,7 @@
 
     ./launch.sh analyze pixels-permuted              200 samples of the test split
     ./launch.sh analyze runs/speech-tones split=valid samples=50
-    ./launch.sh analyze speech-tones sizes=0.01,0.0316,0.1      sound at 40, 30 and 20 dB
+    ./launch.sh analyze speech-tones snr_db=40,30,20            sound, by signal-to-noise ratios
 
 Writes RUN/analysis/analysis.json and pictures, shows them in the report and sends them to W&B. docs/analysis.md says
 what each number means.
@@ -17,8 +17,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.epilog = (
         "split=test: train, valid or test; samples=200: how many of it are perturbed; sizes=0.01,0.1: of all "
-        "perturbations; other key=value change the saved configuration"
+        "perturbations, or of sound snr_db=40,20; other key=value change the saved configuration"
     )
+
+
+def decibels(text: str) -> list[float]:
+    """Sizes, rising, of signal-to-noise ratios from 0 dB on with commas between them.
+
+    Raises:
+        UserError: it is something else.
+    """
+    from trainer.errors import UserError
+
+    try:
+        sizes = sorted({10 ** (-float(part) / 20) for part in text.split(",")})
+    except (ValueError, OverflowError):
+        sizes = [0.0]
+    if not all(0 < size <= 1 for size in sizes):
+        raise UserError(f"the command line: snr_db = {text!r}: wanted ratios in dB from 0 on, as 40,30,20")
+    return sizes
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -26,7 +43,16 @@ def main(arguments: argparse.Namespace) -> int:
     samples = positive(given, "samples")
     given, arguments.overrides = take(arguments.overrides, "sizes")
     sizes = shares(given, "sizes")
-    run, recipe, split = open_run(arguments)
+    ratios, arguments.overrides = take(arguments.overrides, "snr_db")
+    run, recipe, split = open_run(arguments, own=("samples", "sizes", "snr_db"))
+    if ratios is not None:
+        from trainer.errors import UserError
+
+        sizes = decibels(ratios)
+        if given is not None:
+            raise UserError(f"the command line: snr_db = {ratios!r} with sizes = {given!r}: take one")
+        if (inputs := recipe.inputs()) is None or not inputs.relative:
+            raise UserError(f"the command line: snr_db = {ratios!r}: the run's inputs are no sound; take sizes")
 
     from rich.console import Console
 

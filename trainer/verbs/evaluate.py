@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         evaluator = Evaluator(recipe, split, ranks)
         best.check_shapes(checkpoint.shapes_of(evaluator.model))
-        best.check_data({"train": {k: v for k, v in evaluator.dataset.identity.items() if k != "samples"}})
+        best.check_labels(evaluator.dataset.identity)
         evaluation = evaluator.run(best.weights())
         position = best.state["position"]
         evaluator.account(evaluation, run, position["step"], position["epoch"])

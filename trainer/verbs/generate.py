@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> int:
 
         raise UserError(f"the command line: temperature = {temperature:g}: wanted 0, or {COLDEST:g} at least")
     length = positive(given["length"], "length")
-    run, recipe, _ = open_run(arguments)
+    run, recipe, _ = open_run(arguments, own=("count", "seed", "length", "temperature", "prompt"))
 
     import torch
     from rich.console import Console
@@ -47,6 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
     best = checkpoint.best(run.checkpoints)
     model = recipe.build_model().eval()
     best.check_shapes(checkpoint.shapes_of(model))
+    best.check_labels(recipe.build_dataset("train").identity)
     model.load_state_dict(best.weights())
     folder = run.path / "generated"
     folder.mkdir(exist_ok=True)

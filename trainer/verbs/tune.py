@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         evaluator = Evaluator(recipe, "valid", ranks)
         best.check_shapes(checkpoint.shapes_of(evaluator.model))
-        best.check_data({"train": {k: v for k, v in evaluator.dataset.identity.items() if k != "samples"}})
+        best.check_labels(evaluator.dataset.identity)
         rows = evaluator.run(best.weights()).rows
     finally:
         distributed.stop()
