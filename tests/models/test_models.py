@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import kernels
+from kernels import products
 from kernels.say import say_once
 from tests.helpers import overrides
 from trainer import recipe
@@ -17,6 +18,7 @@ from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.models.cells import TORCH, ElmanConfig, GRUConfig, LSTMConfig
 from trainer.models.encoders import Conv1dConfig, Conv2dConfig, ConvLayerConfig
 from trainer.models.normalization import KeyedDropout, MaskedBatchNorm, frame_mask
+from trainer.models.recurrence import torch_is_faster
 from trainer.models.rnn import RNNConfig
 from trainer.models.structure import (
     BandedConfig,
@@ -154,6 +156,30 @@ def test_one_line_says_why_a_net_without_the_kernels_is_slow(structure, cell, mo
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"{cell.name}: ")
     assert line.endswith("slow: no compiler") or line.endswith("slow): no compiler")
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "equal", "training", "threads", "wanted"),
+    [
+        (256, 16, True, True, 1, True),
+        (256, 16, False, True, 1, False),
+        (256, 16, True, False, 1, False),
+        (1024, 4, True, True, 1, False),
+        (1024, 1, True, True, 1, True),
+        (1024, 16, True, True, 1, True),
+        (1024, 4, False, True, 2, True),
+    ],
+)
+def test_a_dense_lstm_goes_to_whom_measurements_say(
+    size: int, rows: int, equal: bool, training: bool, threads: int, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernels, "unsupported", lambda *_: None)
+    with torch.device("meta"):
+        weight = torch.empty(4, 1, size, size)
+    assert torch_is_faster(LSTMConfig(), weight, rows, equal, training) is wanted
+    assert not torch_is_faster(GRUConfig(), weight, rows, equal, training)
 
 
 def test_a_scaled_stack_begins_as_a_shallow_one() -> None:

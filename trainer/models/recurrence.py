@@ -153,7 +153,7 @@ def run(
         and drawn.calm
         and matrices[0].ndim == 4
         and matrices[0].shape[1] == 1
-        and torch_is_faster(ways[0].cell, matrices[0])
+        and torch_is_faster(ways[0].cell, matrices[0], x.shape[1], lengths is None, ways[0].training)
     ):
         if x.device.type == "cpu" and (reason := kernels.unsupported(matrices[0], ways[0].cell.name)) is not None:
             say_once(f"{ways[0].cell.name}: torch's own loop, slow: {reason}", logging.WARNING)
@@ -164,11 +164,13 @@ def run(
     return _kernel(ways, inputs, matrices, x, lengths, states, drawn)
 
 
-def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
+def torch_is_faster(cell: CellConfig, weight: Tensor, batch_size: int, equal_rows: bool, training: bool) -> bool:
     """Whether a dense layer is left to torch's own loop.
 
     On a GPU that is cuDNN. On a CPU torch's RNN and GRU take a call of the matrix library a step, and lose to ours. Its
-    LSTM is oneDNN's, which ours beats where our input products are oneDNN's too and on one thread (docs/results.md).
+    LSTM is oneDNN's, which ours beats where our input products are oneDNN's too, on one thread, and with lengths, for
+    which torch turns rows round and clears the padding; or forward alone; or where weights are large and rows few, but
+    not a single one (docs/results.md).
     """
     if cell.name not in TORCH:
         return False
@@ -179,7 +181,11 @@ def torch_is_faster(cell: CellConfig, weight: Tensor) -> bool:
         return False  # torch asks oneDNN for an LSTM of half precision all the same, and ends
     if kernels.unsupported(weight, cell.name) is not None:
         return True
-    return lstm and not (products.prefers_onednn() and torch.get_num_threads() == 1)
+    if not lstm:
+        return False
+    few_on_many = weight.shape[-1] >= 1024 and 1 < batch_size <= 8
+    ours = not (equal_rows and training) or few_on_many
+    return not (ours and products.prefers_onednn() and torch.get_num_threads() == 1)
 
 
 def _torch(
