@@ -10,7 +10,8 @@ from tests.helpers import overrides
 from trainer import checkpoint, recipe
 from trainer import config as configuration
 from trainer.__main__ import main
-from trainer.errors import EXIT_USER_MISTAKE
+from trainer.errors import EXIT_USER_MISTAKE, UserError
+from trainer.run import RunDirectory
 
 
 @pytest.fixture
@@ -117,3 +118,15 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(
 ) -> None:
     shown = mistake(capsys, *command, str(tmp_path / "none" / "file"))
     assert f"{command[-1]} {tmp_path}/none/file: cannot be written: No such file or directory; name another" in shown
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "ledger/rank-00000.jsonl", "checkpoints/step-00000001"])
+def test_a_start_that_was_refused_holds_nobody_to_its_settings(tmp_path: Path, left: str) -> None:
+    first, second = (recipe.load("copying/t1000", [f"model.hidden_size={size}"]).config for size in (8, 9))
+    RunDirectory(tmp_path / "run").claim(first)
+    RunDirectory(tmp_path / "run").claim(second)
+    assert RunDirectory(tmp_path / "run").saved_config()["model"]["hidden_size"] == 9
+    (tmp_path / "run" / left).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / left).touch()
+    with pytest.raises(UserError, match=r"model.hidden_size = 9, now 8\n.*put the values back"):
+        RunDirectory(tmp_path / "run").claim(first)

@@ -77,7 +77,7 @@ class RunDirectory:
         return configuration.load_yaml(self.config)
 
     def claim(self, config: configuration.Config) -> None:
-        """Make the directory, or check that it belongs to the same run; rank 0 only.
+        """Make the directory, or check that it belongs to the same run, if that has begun; rank 0 only.
 
         Raises:
             UserError: it holds a run of another configuration, or another process is at work in it.
@@ -94,7 +94,7 @@ class RunDirectory:
             ) from error
         except OSError as error:
             raise UserError(f"{show(self.path)}: cannot be written: {error.strerror}; set runs_dir=FOLDER") from error
-        if self.config.is_file():
+        if self.config.is_file() and self._has_begun():
             different = configuration.differences(self.saved_config(), config)
             if different:
                 lines = [f"{show(self.config)}: {name} = {old!r}, now {new!r}" for name, old, new in different]
@@ -106,6 +106,10 @@ class RunDirectory:
         temporary = self.config.with_suffix(".tmp")
         temporary.write_text(configuration.dump_yaml(configuration.plain(config)), encoding="utf-8")
         temporary.replace(self.config)
+
+    def _has_begun(self) -> bool:
+        """Whether there is anything that goes by the saved configuration; a start that was refused leaves nothing."""
+        return self.metrics.is_file() or any(self.ledger.iterdir()) or any(self.checkpoints.glob("*"))
 
     def stopped(self) -> None:
         """Say in a file what exit code 75 says; rank 0 only."""
