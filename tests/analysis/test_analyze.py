@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 
 from tests.data.test_generated import write_set
 from tests.helpers import fit, run_ranks
 from trainer.__main__ import main
 from trainer.errors import UserError
+from trainer.plots import picture
 from trainer.run import read_lines
 from trainer.verbs.analyze import decibels
 
@@ -25,7 +28,15 @@ def test_a_run_is_analysed_and_its_report_shows_it(
     assert {"norm/rnn.layers.0.0", "radius/rnn.layers.0.0", "nonnormality/rnn.layers.0.0"} <= rows[-1].keys()
     assert rows[-1]["gradient/rnn.layers.0"] > 0
     monkeypatch.chdir(tmp_path)
+    before, opened = len(plt.get_fignums()), list[int]()
+
+    def saved(*of: Any) -> None:
+        opened.append(len(plt.get_fignums()) - before)
+        picture(*of)
+
+    monkeypatch.setattr("trainer.analysis.run.picture", saved)
     assert main(["analyze", "run", "samples=3", "sizes=0.1,0.03"]) == 0
+    assert opened == [1] * 4  # a deep net has hundreds of pictures
     told = " ".join(capsys.readouterr().out.split())
     assert "estimates of the norm, error at most: power method " in told
     assert "error with every recurrent matrix scaled down, not trained further: norm at most 1: " in told

@@ -1,6 +1,7 @@
 """Pictures of a study: pseudo-spectra, singular values and powers, trajectories, curves of noise and attacks."""
 
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -50,18 +51,16 @@ PANELS = (
 )
 
 
-def draw(study: Study) -> dict[str, Figure]:
-    """All pictures by name."""
-    figures = {}
+def draw(study: Study) -> Iterator[tuple[str, Figure]]:
+    """All pictures by name, each drawn when it is asked for: deep nets have hundreds."""
     if study.values["curves"]:
-        figures["robustness"] = curves(study.values)
+        yield "robustness", curves(study.values)
     for layer, arrays in study.arrays.items():
         numbers = study.values["recurrences"][layer]
-        figures[f"pseudospectra-{layer}"] = pseudospectra(layer, numbers["gates"], arrays["gates"])
-        figures[f"powers-{layer}"] = powers(layer, numbers["gates"], arrays["gates"])
+        yield f"pseudospectra-{layer}", pseudospectra(layer, numbers["gates"], arrays["gates"])
+        yield f"powers-{layer}", powers(layer, numbers["gates"], arrays["gates"])
         if "dynamics" in arrays:
-            figures[f"trajectories-{layer}"] = trajectories(layer, numbers, arrays["dynamics"])
-    return figures
+            yield f"trajectories-{layer}", trajectories(layer, numbers, arrays["dynamics"])
 
 
 def _plain(axes: Axes, **labels: Any) -> None:

@@ -64,7 +64,7 @@ def _keep(run: RunDirectory, values: dict[str, Any], found: Study) -> None:
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    for name, figure in pictures.draw(found).items():
+    for name, figure in pictures.draw(found):
         picture(figure, folder / f"{name}.png")
     temporary = folder / "analysis.tmp"
     temporary.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
