@@ -15,7 +15,7 @@ from trainer.data.synthetic import CopyingConfig, CopyingDataset
 from trainer.metrics import Loss, Mean
 from trainer.models.readout import Readout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Recipe, RunConfig, Split, State, StepOutput
+from trainer.recipe import Recipe, RunConfig, Split, State, StepOutput, wants_scores
 
 
 class CopyingRunConfig(RunConfig):
@@ -51,7 +51,7 @@ class Copying(Recipe[CopyingRunConfig]):
         targets = batch["targets"].masked_fill(~valid[:, None], -100)  # what cross_entropy leaves out
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         output = StepOutput({"copy": Loss(nats, float(valid.sum() * config.frames), "frames")})
-        if not model.training:
+        if wants_scores(model):
             asked = targets[:, -config.num_recalled :]
             right = (logits[:, -config.num_recalled :].argmax(-1) == asked).sum()
             output.metrics["recalled"] = Mean(float(right), float(valid.sum() * config.num_recalled))

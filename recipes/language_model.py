@@ -19,7 +19,7 @@ from trainer.data.stream import NOTHING, StreamConfig, StreamDataset
 from trainer.data.vocabulary import Vocabulary
 from trainer.metrics import Loss, Mean
 from trainer.models.language import LanguageModel, LanguageModelConfig
-from trainer.recipe import Generated, Recipe, RunConfig, Split, State, StepOutput, Wish
+from trainer.recipe import Generated, Recipe, RunConfig, Split, State, StepOutput, Wish, wants_scores
 from trainer.scoring import Scorer
 
 LENGTHS = {"characters": 600, "words": 100, "subwords": 150}
@@ -73,7 +73,7 @@ class Language(Recipe[LanguageRunConfig]):
         nats, state = model(batch["inputs"], targets, state, batch["noise_keys"])
         count = float((targets != NOTHING).sum())
         output = StepOutput({"nats": Loss(nats, count, "tokens")}, state=state)
-        if not model.training:
+        if wants_scores(model):
             units = batch["units"]
             output.metrics["bits_per_character"] = Mean(nats / math.log(2), count * units["characters"])
             if self.config.data.tokens.kind == "subwords":

@@ -32,7 +32,7 @@ from trainer.models.normalization import frame_mask
 from trainer.models.readout import Output
 from trainer.models.regularizers import fast_dropout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Generated, Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, Wish
+from trainer.recipe import Generated, Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, Wish, wants_scores
 
 USUAL_LENGTH = 128
 PROMPT_FRAMES = 16
@@ -146,7 +146,7 @@ class Music(Recipe[MusicRunConfig]):
         nats = (F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1) * mask).sum(1)  # (B,)
         count = float(lengths.sum())
         output = StepOutput({"nll": Loss(nats.sum(), count, "frames")})
-        if not model.training:
+        if wants_scores(model):
             guesses, real = (logits > 0) & mask[..., None], (targets > 0) & mask[..., None]
             right, either = ((x.sum((1, 2)).tolist()) for x in (guesses & real, guesses | real))
             # Of the keys that sound or are said to, those that are both (Bay, Ehmann & Downie 2009).

@@ -15,7 +15,7 @@ from trainer.data.parallel import Display
 from trainer.metrics import Loss, Mean
 from trainer.models.readout import Readout
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, wants_scores
 
 
 class PixelsRunConfig(RunConfig):
@@ -55,7 +55,7 @@ class Pixels(Recipe[PixelsRunConfig]):
         nats = torch.where(valid, F.cross_entropy(logits, targets, reduction="none"), 0.0).sum()
         count = float(valid.sum())
         output = StepOutput({"classes": Loss(nats, count, "samples")})
-        if not model.training:
+        if wants_scores(model):
             guesses = logits.argmax(-1)
             output.metrics["error"] = Mean(float(((guesses != targets) & valid).sum()), count)
             output.rows = [

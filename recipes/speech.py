@@ -29,7 +29,7 @@ from trainer.decoding.alignment import words
 from trainer.decoding.language_models import Source
 from trainer.metrics import Loss, Mean, add, edits
 from trainer.models.acoustic import AcousticConfig, AcousticModel
-from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, wants_scores
 from trainer.recogniser import Recogniser
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Speech(Recipe[SpeechRunConfig]):
         output = StepOutput({"ctc": loss})
         if middle is not None:
             output.losses["middle_ctc"] = Loss(ctc(middle, lengths, batch), tokens, "tokens", share)
-        if not model.training:
+        if wants_scores(model):
             self._score(output, batch, log_probs, lengths)
         return output
 

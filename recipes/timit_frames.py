@@ -23,7 +23,7 @@ from trainer.data.speech import SpeechDataset
 from trainer.metrics import Loss, Mean
 from trainer.models.normalization import frame_mask
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, wants_scores
 
 WINDOW, HOP = 256, 128
 BINS = WINDOW // 2 + 1
@@ -108,7 +108,7 @@ class TimitFrames(Recipe[FramesRunConfig]):
         count, rate = float(frames.sum()), self.config.data.sample_rate_hz / HOP
         # The plan counts seconds: a frame is 1 / rate of one.
         output = StepOutput({"squared_error": Loss(errors.sum() / rate, count / rate, "seconds")})
-        if not model.training:
+        if wants_scores(model):
             output.metrics["mse"] = Mean(errors.sum(), count)
             output.rows = [
                 Row(key, float(error), float(n), {"frames": str(int(n))})

@@ -22,7 +22,7 @@ from trainer.data.text import BLANK, Tokens
 from trainer.metrics import Loss, add, edits
 from trainer.models.acoustic import AcousticModel
 from trainer.models.transducer import Transducer, TransducerConfig
-from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, wants_scores
 
 
 class TransducerRunConfig(RunConfig):
@@ -89,7 +89,7 @@ class TransducerRecipe(Recipe[TransducerRunConfig]):
                 "ctc": Loss(torch.where(batch["valid"], paths, 0.0).sum(), count, "tokens", share),
             }
         )
-        if not model.training:
+        if wants_scores(model):
             assert isinstance(model, Transducer)
             self._score(output, batch, rows, model.decode(batch["audio"], batch["lengths"]))
         return output

@@ -25,7 +25,7 @@ from trainer.data.videos import VideosConfig
 from trainer.metrics import Loss, Mean
 from trainer.models.readout import Output
 from trainer.models.rnn import RNNConfig
-from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput
+from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, wants_scores
 
 
 class ActionModelConfig(Config):
@@ -131,7 +131,7 @@ class VideoAction(Recipe[ActionsRunConfig]):
         nats = F.cross_entropy(log_p, targets, reduction="none", label_smoothing=smoothing)
         count = float(valid.sum())
         output = StepOutput({"classes": Loss(torch.where(valid, nats, 0.0).sum(), count, "samples")})
-        if not model.training:
+        if wants_scores(model):
             guesses = log_p.argmax(-1)
             wrong = (guesses != targets) & valid
             output.metrics["error"] = Mean(float(wrong.sum()), count)

@@ -14,6 +14,8 @@ from tests.data.test_language import SHARED, TEXTS
 from tests.helpers import fit, run_ranks
 from trainer import recipe
 from trainer.__main__ import main
+from trainer.analysis.perturbations import BEFORE, plain_weights, state_curve
+from trainer.analysis.study import judge_of
 from trainer.config import PROJECT
 from trainer.data.stream import NOTHING
 from trainer.errors import UserError
@@ -49,6 +51,7 @@ def tiny(text: Path, runs: Path, *more: str) -> list[str]:
     return [*SIZES, f"data.path={text}/made", files(text), f"runs_dir={runs}", "name=run", *more]
 
 
+@torch.no_grad()
 def test_a_dummy_counts_nothing_and_a_state_has_the_rows_of_its_batch(text: Path, tmp_path: Path) -> None:
     made = recipe.load(CONFIG, tiny(text, tmp_path))
     model, dataset = made.build_model().eval(), made.build_dataset("train")
@@ -144,9 +147,9 @@ def test_evaluation_counts_every_token_and_a_run_generates_and_scores(
     assert best[0] == scorer.vocabulary.decode([int(log_p.argmax())])
     tokens = torch.from_numpy(scorer.vocabulary.encode("the cat").astype("int64"))[None]
     assert scorer.score(tokens, torch.tensor([7])).sum() < 0
-    capsys.readouterr()
-    assert main(["analyze", str(run), "samples=2", "sizes=0.1"]) == 0
-    assert "each window of the stream began from zeros" in " ".join(capsys.readouterr().out.split())
+    assert main(["analyze", str(run), "samples=9", "sizes=0.1"]) == 0
+    clean = json.loads((run / "analysis" / "analysis.json").read_text())["summary"]["clean"]
+    assert clean == pytest.approx(found[made.monitor], rel=1e-5)
 
 
 def test_the_commands_of_the_page_run(
@@ -183,6 +186,27 @@ def test_the_commands_of_the_page_run(
     assert scope["log_probabilities"].shape == (4, len(scope["scorer"].vocabulary))
 
 
+def test_an_analysis_scores_windows_of_a_stream_as_an_evaluation_does(text: Path, tmp_path: Path) -> None:
+    made = recipe.load(CONFIG, tiny(text, tmp_path))
+    model = made.build_model().eval()
+    with torch.no_grad():
+        for p in model.rnn.parameters():
+            p.mul_(3.0)  # a net that remembers
+    plain_weights(model)
+    whole, some = (judge_of(made, model, "train", samples) for samples in (10**6, 3))
+    total, count = by_hand(made, model, "train")
+    assert whole.score()["loss"] == pytest.approx(total / count, rel=1e-6)
+    own = {tuple(batch["keys"]): batch[BEFORE] for batch in whole.batches if BEFORE in batch}
+    assert 0 < len(own) < len(whole.batches)  # the first windows have none
+    assert len(some.batches) < len(whole.batches)
+    for batch in some.batches:
+        assert all(torch.equal(own[tuple(batch["keys"])][name], s) for name, s in batch.get(BEFORE, {}).items())
+    clean, moved = state_curve(whole, (0.0, 0.5), 0, attack=True)
+    assert clean == whole.score()
+    assert moved["loss"] > clean["loss"]
+
+
+@torch.no_grad()
 def test_words_have_bits_of_characters_and_unknown_ones_are_never_written(text: Path, tmp_path: Path) -> None:
     arguments = [f"data.path={tmp_path}/words", "data.tokens={kind: words}", "model.tied=true"]
     made = recipe.load(CONFIG, [*tiny(text, tmp_path), *arguments])

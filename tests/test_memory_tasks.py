@@ -56,6 +56,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("task", TASKS)
 def test_a_dummy_and_an_invalid_place_count_nothing(task: str, pictures: Path, tmp_path: Path) -> None:
     made = recipe.load(task, tiny(task, pictures, tmp_path))
@@ -137,6 +138,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@torch.no_grad()
 def test_the_next_frame_is_predicted_and_padding_is_not_in_the_mean(sound: Path) -> None:
     made = recipe.load("timit_frames/read_ru", [*FRAMES, f"data.path={sound}", "model.hidden_size=16"])
     model, dataset = made.build_model().eval(), made.build_dataset("train")

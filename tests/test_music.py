@@ -19,8 +19,7 @@ from tests.helpers import fit, run_ranks
 from trainer import recipe
 from trainer.__main__ import main
 from trainer.analysis import inputs, lipschitz, perturbations
-from trainer.analysis.perturbations import Judge
-from trainer.analysis.study import Options, choose, curves_of
+from trainer.analysis.study import Options, curves_of, judge_of
 from trainer.data import scores
 from trainer.data.music import MusicDataset, marginals, transitions, transposed
 from trainer.engine import initialise
@@ -165,6 +164,7 @@ def test_transposition_moves_a_piece_as_a_whole(midi: Path) -> None:
     assert transposed(edge, edge, 5)[:, 87].all()
 
 
+@torch.no_grad()
 def test_padding_is_not_in_the_mean(midi: Path) -> None:
     made = recipe.load("music/midi", arguments(midi))
     model, dataset = made.build_model().eval(), made.build_dataset("test")
@@ -192,7 +192,7 @@ def test_a_roll_bears_noise_attacks_and_flips(midi: Path) -> None:
     model = loaded.build_model().eval()
     initialise(model, 0)
     perturbations.plain_weights(model)
-    judge = Judge(loaded, model, choose(loaded.build_dataset("test"), 3))
+    judge = judge_of(loaded, model, "test", 3)
     bounds = loaded.inputs()
     clean = judge.score()
     for kind in inputs.attacks(bounds):

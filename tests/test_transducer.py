@@ -9,8 +9,7 @@ from torchaudio.functional import rnnt_loss
 from tests.helpers import fit, run_ranks
 from trainer import recipe
 from trainer.analysis import perturbations
-from trainer.analysis.perturbations import Judge
-from trainer.analysis.study import Options, choose, curves_of
+from trainer.analysis.study import Options, curves_of, judge_of
 from trainer.data.audio import FeaturesConfig
 from trainer.engine import initialise
 from trainer.errors import UserError
@@ -111,7 +110,8 @@ def test_it_trains(corpus, tmp_path) -> None:
     dataset, model = task.build_dataset("valid"), task.build_model().eval()
     batch = dataset.load(dataset.plan.epoch(0, [])[0].micro_batches[0])
     batch["speakers"] = ["anna", *[None] * (len(batch["keys"]) - 1)]
-    first, second = task.step(model, batch).rows[:2]
+    with torch.no_grad():
+        first, second = task.step(model, batch).rows[:2]
     assert first.facts == {"seconds": pytest.approx(float(batch["seconds"][0]), abs=1e-3), "speaker": "anna"}
     assert second.facts.keys() == {"seconds"}
 
@@ -126,7 +126,7 @@ def test_noise_and_attacks_reach_its_sound(corpus, tmp_path) -> None:
     model = task.build_model().eval()
     initialise(model, 0)
     perturbations.plain_weights(model)
-    judge = Judge(task, model, choose(task.build_dataset("test"), 2))
+    judge = judge_of(task, model, "test", 2)
     for kind in ("gaussian", "pgd_l2"):
         (run,) = (run for name, run in curves_of(judge, Options(seeds=1, sizes=(0.0, 0.3))) if name == kind)
         none, some = run()

@@ -17,8 +17,7 @@ from trainer import confusion, recipe
 from trainer.__main__ import main
 from trainer.analysis import perturbations
 from trainer.analysis.inputs import noisy
-from trainer.analysis.perturbations import Judge
-from trainer.analysis.study import Options, choose, curves_of
+from trainer.analysis.study import Options, curves_of, judge_of
 from trainer.config import PROJECT
 from trainer.data import actions, gestures
 from trainer.engine import initialise
@@ -106,7 +105,7 @@ def test_noise_and_attacks_reach_every_segment_of_a_clip(tmp_path: Path) -> None
     model = made.build_model().eval()
     initialise(model, 0)
     perturbations.plain_weights(model)
-    judge = Judge(made, model, choose(made.build_dataset("test"), 3))
+    judge = judge_of(made, model, "test", 3)
     clean, inputs = judge.score(), made.inputs()
     for kind, run in curves_of(judge, Options(seeds=1, sizes=(0.0, 0.5))):
         none, some = run()

@@ -80,6 +80,11 @@ class StepOutput:
         return sum(terms, start=torch.zeros(()))
 
 
+def wants_scores(model: nn.Module) -> bool:
+    """Whether metrics and rows are asked for: in evaluation, unless its loss is differentiated, as attacks do."""
+    return not model.training and not torch.is_grad_enabled()
+
+
 @dataclass(frozen=True)
 class Wish:
     """What a recipe is asked to generate."""
@@ -243,7 +248,7 @@ class Recipe(Generic[C]):
         raise TypeError(f"{type(self).__name__} lacks build_dataset")
 
     def step(self, model: nn.Module, batch: Batch, state: State | None = None) -> StepOutput:
-        """Losses, and in evaluation (`not model.training`) metrics and rows, of one micro-batch.
+        """Losses, and where `wants_scores(model)` metrics and rows, of one micro-batch.
 
         `state` is what the micro-batch of the same number left in the step before; None in the first step of an epoch
         or evaluation, after a refused step, and in a dummy. A recipe that carries nothing ignores it.

@@ -23,7 +23,7 @@ def linear_task(weight: Tensor) -> Judge:
     batch = {"keys": ["a", "b"], "valid": torch.ones(2, dtype=torch.bool), "x": x}
     batch["lengths"] = torch.tensor([len(weight), len(weight) - 3])
 
-    def step(model: nn.Module, batch: dict) -> StepOutput:
+    def step(model: nn.Module, batch: dict, state: None) -> StepOutput:
         return StepOutput({"loss": Loss((batch["x"] * weight).sum(), 2.0, "samples")})
 
     return Judge(SimpleNamespace(step=step, monitor="loss"), nn.Identity(), [batch])

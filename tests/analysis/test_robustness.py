@@ -14,7 +14,7 @@ from trainer.analysis import inputs as disturbed
 from trainer.analysis.perturbations import Judge
 from trainer.analysis.recurrences import gate_matrices, logged, recurrences
 from trainer.analysis.run import lines
-from trainer.analysis.study import Options, choose, curves_of
+from trainer.analysis.study import Options, curves_of, judge_of
 from trainer.engine import initialise
 from trainer.models.rnn import RNNConfig
 
@@ -32,7 +32,19 @@ def judge(folder: Path, *more: str) -> Judge:
         for p in model.parameters():
             p.mul_(2.0)  # a net that listens to its input
     perturbations.plain_weights(model)
-    return Judge(task, model, choose(task.build_dataset("test"), 6))
+    return judge_of(task, model, "test", 6)
+
+
+def test_the_gradient_of_a_loss_costs_no_scores(tmp_path: Path) -> None:
+    judged = judge(tmp_path)
+    batch = judged.batches[0]
+    climbed = judged.step(batch)
+    with torch.no_grad():
+        scored = judged.step(batch)
+    assert not climbed.rows
+    assert not climbed.metrics
+    assert len(scored.rows) == int(batch["valid"].sum())
+    assert torch.equal(climbed.losses["classes"].sum, scored.losses["classes"].sum)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

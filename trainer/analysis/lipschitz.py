@@ -78,7 +78,7 @@ def certified_errors(judge: Judge, inputs: Inputs, sizes: Sequence[float]) -> li
     reach: list[Tensor] = []  # the size up to which each sample is safe; below 0 where it is wrong already
     try:
         for batch in judge.batches:
-            rows = judge.recipe.step(model, batch).rows
+            rows = judge.step(batch).rows
             x = batch[inputs.name]
             constant, _ = bound(model, x.shape[1])
             if math.isinf(constant) or inputs.relative or len(rows) != int(batch["valid"].sum()):

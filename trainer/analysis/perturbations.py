@@ -27,13 +27,15 @@ from trainer.data.dataset import Batch
 from trainer.metrics import Mean, add
 from trainer.models.recurrence import Layer, run
 from trainer.models.regularizers.fast_dropout import MomentLayer
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, StepOutput
 
 STEPS = 8
 """Of an attack at each size; each is 2.5 / STEPS of it long, as Madry et al. have it."""
 Norm = Literal["l2", "largest", "spectral"]
 Score = dict[str, float]
 """`monitor`, the recipe's metric, and `loss`: lower is better."""
+BEFORE = "state_before"
+"""Entry of a batch that goes on with a stream: the state there of the model as it was trained."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Judge:
         weights: dict[str, float] = {}
         for b, batch in enumerate(self.batches if batches is None else batches):
             with around(b):
-                output = self.recipe.step(self.model, batch)
+                output = self.step(batch)
             add(totals, {name: Mean(float(x.sum), x.count) for name, x in output.losses.items()})
             add(totals, {name: Mean(float(m.sum), m.count) for name, m in output.metrics.items()})
             weights |= {name: x.weight for name, x in output.losses.items()}
@@ -74,9 +76,13 @@ class Judge:
         values["loss"] = sum(values[name] * weight for name, weight in weights.items())
         return {"monitor": values[self.recipe.monitor], "loss": values["loss"]}
 
+    def step(self, batch: Batch) -> StepOutput:
+        """What comes of a batch, which goes on from what stood before it."""
+        return self.recipe.step(self.model, batch, batch.get(BEFORE))
+
     def loss(self, batch: Batch) -> Tensor:
         """Sum over the samples of a batch, so that each sample's gradient is its own."""
-        output = self.recipe.step(self.model, batch)
+        output = self.step(batch)
         return sum((x.sum * x.weight for x in output.losses.values()), start=torch.zeros(()))
 
 
@@ -263,7 +269,7 @@ def normalised_score(judge: Judge, of: estimates.Size) -> Score:
 
 @contextmanager
 def starting_from(model: nn.Module, states: dict[str, Tensor]) -> Iterator[None]:
-    """Start every recurrence from a state other than zeros.
+    """Start every recurrence from another state: what is given is added to zeros, or to what a stream left.
 
     Args:
         states: (B, S) by the layer's name, S = H, or 2 H of an LSTM, h first; all rows of a sample that has several
@@ -276,8 +282,10 @@ def starting_from(model: nn.Module, states: dict[str, Tensor]) -> Iterator[None]
         ways: list[Any] = list(layer)
         given = [states[names[way]] for way in ways]
 
-        def compute(x: Tensor, lengths: Tensor | None, *_: Any) -> Any:
+        def compute(x: Tensor, lengths: Tensor | None, drawn: Any = None, before: Any = None) -> Any:
             rows = [s.repeat_interleave(x.shape[1] // len(s), 0) for s in given]
+            if before is not None:
+                rows = [s + torch.cat(before, -1) for s in rows]
             return run(ways, x, lengths, [s.split(way.hidden_size, -1) for s, way in zip(rows, ways, strict=True)])
 
         return compute

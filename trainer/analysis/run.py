@@ -113,8 +113,6 @@ def lines(values: dict[str, Any]) -> list[str]:
     said = [f"estimates of the {of}, error at most: {told}" for of, told in _estimates(values).items()]
     if values["inputs"] is None:
         said.append("the recipe names no inputs that could be perturbed (`inputs`): matrices and states were, alone")
-    if values.get("stream"):
-        said.append("each window of the stream began from zeros, so the metric is worse than by `evaluate`")
     if values["curves"] and "state" not in values["curves"]:
         said.append("the states of fast dropout are distributions: none was perturbed, nor followed")
     for layer, found in values["recurrences"].items():

@@ -7,7 +7,7 @@ which runs are compared.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from trainer import keyed
 from trainer.analysis import inputs as input_changes
 from trainer.analysis import jacobian, lipschitz, perturbations, pseudospectrum, recurrences
-from trainer.analysis.perturbations import Judge, Score
+from trainer.analysis.perturbations import BEFORE, Judge, Score
 from trainer.data.dataset import Batch, Dataset
 from trainer.models.recurrence import RecurrentLayer
-from trainer.recipe import Recipe, Split
+from trainer.recipe import Recipe, Split, State
 
 SIZES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Of all perturbations, if nobody says others; `trainer.analysis.inputs` and `perturbations` say what they are."""
@@ -74,7 +74,7 @@ def study(recipe: Recipe[Any], model: nn.Module, split: Split, options: Options,
     perturbations.plain_weights(model)
     layers = dict(recurrences.recurrences(model))
     matrices = {name: recurrences.gate_matrices(layer) for name, layer in layers.items()}
-    judge = Judge(recipe, model, choose(recipe.build_dataset(split), options.samples))
+    judge = judge_of(recipe, model, split, options.samples)
     work = curves_of(judge, options)
     total, done = sum(map(len, matrices.values())) + len(layers) + len(work), 0
 
@@ -95,9 +95,7 @@ def study(recipe: Recipe[Any], model: nn.Module, split: Split, options: Options,
             found[name]["gates"][gate] = numbers
             advance()
     batch = max(judge.batches, key=lambda b: int(b["valid"].sum()), default=None)
-    with torch.no_grad():
-        values["stream"] = batch is not None and recipe.step(model, batch).state is not None
-    seen = {} if batch is None else jacobian.inputs_of_layers(model, lambda: recipe.step(model, batch))
+    seen = {} if batch is None else jacobian.inputs_of_layers(model, lambda: judge.step(batch))
     for name, layer in layers.items():
         if name in seen:
             found[name]["dynamics"], arrays[name]["dynamics"] = _dynamics(layer, *seen[name], options)
@@ -123,20 +121,45 @@ def study(recipe: Recipe[Any], model: nn.Module, split: Split, options: Options,
     return Study(finite(values), arrays)
 
 
-def choose(dataset: Dataset, samples: int) -> list[Batch]:
-    """Micro-batches of a split in an order drawn by hashes, until they hold so many samples."""
+def judge_of(recipe: Recipe[Any], model: nn.Module, split: Split, samples: int) -> Judge:
+    """A judge on micro-batches of a split, taken in an order drawn by hashes until they hold so many samples.
+
+    Those of a stream go on from the states that `evaluate` has there, so that it is the same metric.
+    """
+    dataset = recipe.build_dataset(split)
     micro_batches = [m for step in dataset.plan.epoch(0) for m in step.micro_batches]
-    batches: list[Batch] = []
+    chosen: dict[tuple[int, int], Batch] = {}
     for i in keyed.permutation(len(micro_batches), "analysis"):
-        if _count(batches) >= samples:
+        if _count(chosen.values()) >= samples:
             break
-        batch = dataset.load(micro_batches[int(i)])
+        micro_batch = micro_batches[int(i)]
+        batch = dataset.load(micro_batch)
         if batch["valid"].any():
-            batches.append(batch)
-    return batches
+            chosen[micro_batch.step, micro_batch.number] = batch
+    _carry_states(recipe, model, dataset, chosen)
+    return Judge(recipe, model, list(chosen.values()))
 
 
-def _count(batches: Sequence[Batch]) -> int:
+@torch.no_grad()
+def _carry_states(
+    recipe: Recipe[Any], model: nn.Module, dataset: Dataset, chosen: dict[tuple[int, int], Batch]
+) -> None:
+    """Give batches of a stream, by step and number, their `BEFORE`; others stay as they are."""
+    if not chosen or recipe.step(model, next(iter(chosen.values()))).state is None:
+        return
+    carried: dict[int, State] = {}
+    for step in dataset.plan.epoch(0)[: max(number for number, _ in chosen) + 1]:
+        for micro_batch in step.micro_batches:
+            batch = chosen.get((micro_batch.step, micro_batch.number)) or dataset.load(micro_batch)
+            state = carried.pop(micro_batch.number, None)
+            if state is not None:
+                batch[BEFORE] = state
+            output = recipe.step(model, batch, state)
+            assert output.state is not None
+            carried[micro_batch.number] = output.state
+
+
+def _count(batches: Iterable[Batch]) -> int:
     return sum(int(batch["valid"].sum()) for batch in batches)
 
 
