@@ -9,7 +9,7 @@
 // The pieces, in the order of the work:
 //   frames      transposes: L frames, a vector for each sample
 //   powers      window, and a real FFT in place, which falls into complex ones (Transform), and squares
-//   energies    filters, logarithm, and back to a row for each frame
+//   energies    filters, logarithm, mean and deviation, and back to a row for each frame
 //
 // kernels/log_mel.py holds the definition. This file is compiled once for each instruction set (VECTOR_BYTES and NAME
 // are set by the build) and knows nothing of Python or torch: a plain C interface.
@@ -34,6 +34,8 @@ struct LogMelCall {
   const float* waveform;  // (clips, samples)
   const float* window;    // (n_fft,)
   const float* mel;       // (n_fft / 2 + 1, bands)
+  const float* mean;      // (bands,), taken from the logarithms; null: nothing is
+  const float* deviation; // (bands,), what they are divided by then
   float* out;             // (clips, frames, bands)
 };
 
@@ -303,10 +305,12 @@ void powers(V* x, const Plan& plan, const float* window, V* scratch, V* power) {
 
 // A filter bank without its zeros: band b is `counts[b]` weights from frequency `firsts[b]` on.
 struct Filters {
+  std::vector<float> bank;  // that it was made from
   std::vector<int64_t> firsts, counts, begins;
   std::vector<float> weights;
 
-  Filters(const float* mel, int64_t frequencies, int64_t bands) : firsts(bands), counts(bands), begins(bands) {
+  Filters(const float* mel, int64_t frequencies, int64_t bands)
+      : bank(mel, mel + frequencies * bands), firsts(bands), counts(bands), begins(bands) {
     for (int64_t k = 0; k < frequencies; k++)
       for (int64_t b = 0; b < bands; b++)
         if (mel[k * bands + b] != 0) {
@@ -318,9 +322,16 @@ struct Filters {
       for (int64_t i = 0; i < counts[b]; i++) weights.push_back(mel[(firsts[b] + i) * bands + b]);
     }
   }
+
+  bool are_of(const float* mel, int64_t frequencies, int64_t bands) const {
+    return int64_t(firsts.size()) == bands && int64_t(bank.size()) == frequencies * bands &&
+           !std::memcmp(bank.data(), mel, bank.size() * sizeof(float));
+  }
 };
 
-void energies(const V* power, const Filters& filters, int64_t bands, float floor, int64_t count, float* out) {
+void energies(const V* power, const Filters& filters, const LogMelCall& x, int64_t count, float* out) {
+  const int64_t bands = x.bands;
+  const float floor = float(x.floor);
   for (int64_t from = 0; from < bands; from += L) {
     V rows[L];
     for (int i = 0; i < L; i++) {
@@ -331,6 +342,7 @@ void energies(const V* power, const Filters& filters, int64_t bands, float floor
         for (int64_t k = 0; k < filters.counts[from + i]; k++) sum += w[k] * p[k];
       }
       rows[i] = log_of(sum + floor);
+      if (x.mean && from + i < bands) rows[i] = (rows[i] - x.mean[from + i]) / x.deviation[from + i];
     }
     transpose(rows);
     for (int64_t t = 0; t < count; t++) store(out + t * bands + from, rows[t], bands - from);
@@ -343,7 +355,10 @@ int log_mel(const LogMelCall& x) {
   thread_local std::unique_ptr<Plan> kept;
   if (!kept || kept->n != x.n_fft) kept = std::make_unique<Plan>(x.n_fft);
   const Plan& plan = *kept;
-  const Filters filters(x.mel, x.n_fft / 2 + 1, x.bands);
+  thread_local std::unique_ptr<Filters> kept_filters;
+  if (!kept_filters || !kept_filters->are_of(x.mel, x.n_fft / 2 + 1, x.bands))
+    kept_filters = std::make_unique<Filters>(x.mel, x.n_fft / 2 + 1, x.bands);
+  const Filters& filters = *kept_filters;
   int64_t begin = 0, end = x.n_fft;
   while (begin < end && x.window[begin] == 0) begin++;
   while (begin < end && x.window[end - 1] == 0) end--;
@@ -362,7 +377,7 @@ int log_mel(const LogMelCall& x) {
       const int64_t count = std::min<int64_t>(L, number - t);
       frames(x.waveform + clip * x.samples + t * x.hop, x.hop, count, x.n_fft, begin, end, frame);
       powers(frame, plan, x.window, scratch, power);
-      energies(power, filters, x.bands, float(x.floor), count, x.out + (clip * number + t) * x.bands);
+      energies(power, filters, x, count, x.out + (clip * number + t) * x.bands);
     }
   return DONE;
 }

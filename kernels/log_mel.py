@@ -58,6 +58,45 @@ def log_mel(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: floa
     return reference(waveform, window, mel, hop, floor)
 
 
+def normalised_log_mel(
+    waveform: Tensor,
+    window: Tensor,
+    mel: Tensor,
+    hop: int,
+    floor: float,
+    mean: Tensor,
+    deviation: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """(log_mel(...) - mean) / deviation, in one pass and without a gradient: what a loader computes of each clip.
+
+    Args:
+        mean, deviation: of each band over the corpus.
+        out: contiguous room for the result.
+
+    Shape:
+        mean, deviation: (F,); out: (..., T, F)
+
+    Raises:
+        ValueError: see `log_mel`; `out` is not what the result fits.
+    """
+    _check(waveform, window, mel, hop, floor)
+    for name, x in (("mean", mean), ("deviation", deviation)):
+        if x.shape != mel.shape[1:] or x.dtype != waveform.dtype or x.device != waveform.device:
+            _wrong(name, f"{tuple(x.shape)} of {x.dtype} on {x.device}", f"({mel.shape[1]},), alike with waveform")
+    shape = (*waveform.shape[:-1], 1 + (waveform.shape[-1] - len(window)) // hop, mel.shape[1])
+    if out is None:
+        out = waveform.new_empty(shape)
+    elif out.shape != shape or out.dtype != waveform.dtype or not out.is_contiguous():
+        _wrong("out", f"{tuple(out.shape)} of {out.dtype}", f"{shape} of {waveform.dtype}, contiguous")
+    if waveform.device.type == "cpu" and waveform.dtype == torch.float32 and MISSING is None:
+        _compute(out, waveform, window, mel, hop, floor, mean, deviation)
+    else:
+        with torch.no_grad():
+            torch.sub(log_mel(waveform, window, mel, hop, floor), mean, out=out).div_(deviation)
+    return out
+
+
 def explain(waveform: Tensor) -> str:
     """Which path a waveform takes, and why."""
     if waveform.device.type != "cpu":
@@ -119,7 +158,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("clips", "samples", "n_fft", "hop", "bands")),
         ("floor", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("waveform", "window", "mel", "out")),
+        *((name, ctypes.c_void_p) for name in ("waveform", "window", "mel", "mean", "deviation", "out")),
     ]
 
 
@@ -138,14 +177,19 @@ def _empty(waveform: Tensor, window: Tensor, mel: Tensor, hop: int) -> Tensor:
 
 def _on_cpu(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> Tensor:
     out = _empty(waveform, window, mel, hop)
-    inputs = [x.contiguous() for x in (waveform, window, mel)]  # alive until the call returns
+    _compute(out, waveform, window, mel, hop, floor)
+    return out
+
+
+def _compute(out: Tensor, waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float, *norm: Tensor) -> None:
+    """To `out`, which is contiguous; `norm`: mean and deviation, or neither."""
+    inputs = [x.contiguous() for x in (waveform, window, mel, *norm)]  # alive until the call returns
     samples = waveform.shape[-1]
-    call = _Call(waveform.numel() // samples, samples, len(window), hop, mel.shape[1], floor)
-    call.waveform, call.window, call.mel = (x.data_ptr() for x in inputs)
-    call.out = out.data_ptr()
+    sizes = waveform.numel() // samples, samples, len(window), hop, mel.shape[1]
+    pointers = [x.data_ptr() for x in inputs] if norm else [*(x.data_ptr() for x in inputs), None, None]
+    call = _Call(*sizes, floor, *pointers, out.data_ptr())
     if out.numel() and _FUNCTION(ctypes.byref(call)):
         raise MemoryError(f"no memory for the workspace of log_mel: n_fft = {len(window)}")
-    return out
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

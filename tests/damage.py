@@ -151,7 +151,7 @@ def check_fuzzed(task: Any, data: Path, count: int, first_seed: int = 0) -> dict
         for row in range(ends[number], ends[number + 1]):
             entry, sound, text = samples[dataset.index.keys[row]]
             try:
-                wave, labels = dataset._sample(row, 1.0)
+                wave, labels = dataset.wave(row), dataset.labels(row)
             except AudioError:
                 found["found out"] += 1
                 continue

@@ -23,18 +23,17 @@ LOST = RAISE.replace(' and os.environ.get("RANK") == "1"', "").replace(
 
 HANG = """
 from trainer import place
-reading = place.reading
 number = 0
-def hang(shard, key):
-    global number
-    number += 1
-    with reading(shard, key):
-        if os.environ.get("RANK") == "1" and number > 40 and once():
+class Hanging(place.Reading):
+    def __setattr__(self, name, value):
+        global number
+        super().__setattr__(name, value)
+        number += name == "key" and value != ""
+        if os.environ.get("RANK") == "1" and number > 80 and once():
             time.sleep(1000)
-    return reading(shard, key)
-place.reading = hang
+place.Reading = Hanging
 """
-"""A loader of rank 1 reads its 41st sample for ever, the first time."""
+"""A loader of rank 1 reads one of its samples for ever, the first time: each is looked at twice."""
 
 HEAD = """
 import os, pathlib, time

@@ -116,20 +116,31 @@ def _order(place: Place) -> tuple[int, bool]:
     return place.step, place.phase in WAITING
 
 
-_reading: dict[str, str] = {}  # by the name of the thread
+@dataclass(slots=True)
+class Reading:
+    """The sample that a thread reads now."""
+
+    shard: str = ""
+    key: str = ""
+
+
+_reading: dict[str, Reading] = {}  # by the name of the thread
 
 
 @contextlib.contextmanager
-def reading(shard: str, key: str) -> Iterator[None]:
-    """Meanwhile this thread reads this sample."""
+def reading() -> Iterator[Reading]:
+    """Meanwhile this thread reads the sample that is written into what this gives, one after the other."""
     name = threading.current_thread().name
-    _reading[name] = f"sample {key} of shard {shard}"
+    _reading[name] = now = Reading()
     try:
-        yield
+        yield now
     finally:
         del _reading[name]
 
 
 def being_read() -> str:
     """What each thread reads now."""
-    return "; ".join(f"{name.replace('_', ' ')} reads {what}" for name, what in sorted(_reading.copy().items()))
+    found = sorted(_reading.copy().items())
+    return "; ".join(
+        f"{n.replace('_', ' ')} reads sample {now.key} of shard {now.shard}" for n, now in found if now.key
+    )

@@ -106,10 +106,10 @@ def test_a_long_clip_is_cut_with_its_labels(data: Path) -> None:
     long = [row for row in range(len(whole)) if whole.index.num_samples[row] > 1.5 * 16000]
     assert len(long) > 5
     for row in long:
-        wave, labels = dataset._sample(row, 1.0)
+        wave, labels = dataset.wave(row), dataset.labels(row)
         entry = whole.index.entries[row]
         assert np.array_equal(wave.numpy(), whole.waveform(row)[:24000])
-        all_labels = whole._sample(row, 1.0)[1]
+        all_labels = whole.labels(row)
         assert labels == all_labels[: len(all_labels) * 24000 // entry.num_samples]
     for step in dataset.plan.epoch(0):
         lengths = [dataset.load(m) for m in step.micro_batches]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from tokenize import TokenError
-from typing import Literal
+from typing import Literal, TypeVar
 
 import miniaudio
 import numpy as np
@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from zlib_ng import zlib_ng
 
-from kernels.log_mel import log_mel
+from kernels.log_mel import log_mel, normalised_log_mel
 from trainer.config import Config
 from trainer.errors import UserError
 
@@ -128,14 +128,19 @@ class LogMel(nn.Module):
         """Zero mean and unit deviation over the corpus: (..., T, F) -> (..., T, F)."""
         return (energies - self.mean) / self.deviation
 
-    @torch.no_grad()
     def clip(self, wave: Tensor, room: Tensor | None = None) -> Tensor:
-        """Normalised features of one clip on the CPU: (N,) -> (T, F), which lie at the beginning of `room` if given."""
-        with torch.autocast("cpu", enabled=False):
-            energies = self.energies(wave.float())
-            target = energies if room is None else room[: len(energies)]
-            mean = energies.mean(0) if self.clip_mean else self.mean
-            return torch.sub(energies, mean, out=target).div_(self.deviation)
+        """Normalised features of one clip on the CPU: (N,) -> (T, F), which lie at the beginning of `room` if given.
+        They have no gradient."""
+        wave = wave.float()
+        if len(wave) < self.n_fft:
+            wave = nn.functional.pad(wave, (0, self.n_fft - len(wave)))
+        out = None if room is None else room[: 1 + (len(wave) - self.n_fft) // self.hop]
+        if not self.clip_mean:
+            norm = self.mean, self.deviation
+            return normalised_log_mel(wave, self.window, self.mel, self.hop, LOG_FLOOR, *norm, out)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            energies = self.energies(wave)
+            return torch.sub(energies, energies.mean(0), out=energies if out is None else out).div_(self.deviation)
 
     def stream(self) -> "FeatureStream":
         """Features of one clip that comes piece by piece."""
@@ -251,7 +256,10 @@ def padded(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return x, torch.tensor(lengths)
 
 
-def stretched(num_samples: NDArray[np.int64], speed: float, sample_rate_hz: int) -> NDArray[np.int64]:
+Count = TypeVar("Count", int, NDArray[np.int64])
+
+
+def stretched(num_samples: Count, speed: float, sample_rate_hz: int) -> Count:
     """Length of clips after speed perturbation, exactly as `change_speed` returns them."""
     source = int(speed * sample_rate_hz)
     return -(-num_samples * sample_rate_hz // source)

@@ -9,6 +9,7 @@ import tarfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ from trainer.data.tars import transcript
 from trainer.data.text import UnknownCharacterError
 from trainer.data.transfer import TransferError
 from trainer.errors import UserError
-from trainer.place import reading
+from trainer.place import Reading, reading
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +59,22 @@ MAX_ABOUT = 1 << 16
 class _Place:
     """A row of a batch."""
 
-    key: str
+    row: int = -1
+    """Of the index; none in a dummy."""
+    entry: Entry | None = None
+    shard: str = ""
     noise_key: int = 0
     labels: list[int] = field(default_factory=list)
     length: int = 0
-    """Of the row: frames, or samples."""
+    """Of what is in it: frames, or samples."""
     checksum: int = 0
     seconds: float = 0.0
     speaker: str | None = None
-    valid: bool = False
+    fault: AudioError | None = None
+
+    @property
+    def key(self) -> str:
+        return "" if self.entry is None else self.entry.key
 
 
 class SpeechDataset:
@@ -105,7 +113,9 @@ class SpeechDataset:
         self.training = split == "train"
         sound = self.training and config.features.kind == "log_mel"
         self.wave_augment = WaveAugment(config.augment, config.sample_rate_hz) if sound else None
-        self.spec_augment = SpecAugment(config.augment)
+        masks = config.augment.time_masks + config.augment.frequency_masks
+        masked = self.training and masks > 0 and config.features.where == "worker"
+        self.spec_augment = SpecAugment(config.augment) if masked else None
         self.index = Index.load(config.path / split, config.rate_hz)
         self._check_size(self.prepared.splits.get(split), len(self.index), len(self.index.shards))
         self._reader = ShardReader(self.index.shards)
@@ -290,10 +300,27 @@ class SpeechDataset:
                 continue
         return None
 
-    def _sample(
-        self, row: int, speed: float, entry: Entry | None = None, room: NDArray[np.float32] | None = None
-    ) -> tuple[Tensor, list[int]]:
-        """Waveform as the model gets it, and labels.
+    def labels(self, row: int, entry: Entry | None = None) -> list[int]:
+        """Labels of one recording, or of as much of it as is not cut off.
+
+        Raises:
+            AudioError: something is wrong with its transcript.
+        """
+        entry = entry or self.index.entries[row]
+        try:
+            labels = self.tokens.encode(self.text(row, entry))
+        except UnknownCharacterError as error:
+            raise AudioError("transcript holds what is not in the alphabet", str(error)) from error
+        if len(labels) != entry.label_length:
+            raise AudioError("another number of labels than the index says", f"{len(labels)}, not {entry.label_length}")
+        if self._cut_samples is not None and entry.num_samples > self._cut_samples:
+            labels = labels[: len(labels) * self._cut_samples // entry.num_samples]
+        return labels
+
+    def wave(
+        self, row: int, speed: float = 1.0, entry: Entry | None = None, room: NDArray[np.float32] | None = None
+    ) -> Tensor:
+        """The waveform (N,) as it is augmented, or the feature matrix (T, F): cut, and at some speed.
 
         Args:
             room: where samples may be decoded to; the waveform may lie there then.
@@ -301,18 +328,8 @@ class SpeechDataset:
         Raises:
             AudioError: something is wrong with it.
         """
-        entry = entry or self.index.entries[row]
-        samples = torch.from_numpy(self.waveform(row, entry, room))
-        try:
-            labels = self.tokens.encode(self.text(row, entry))
-        except UnknownCharacterError as error:
-            raise AudioError("transcript holds what is not in the alphabet", str(error)) from error
-        if len(labels) != entry.label_length:
-            raise AudioError("another number of labels than the index says", f"{len(labels)}, not {entry.label_length}")
-        if self._cut_samples is not None and len(samples) > self._cut_samples:
-            labels = labels[: len(labels) * self._cut_samples // len(samples)]
-            samples = samples[: self._cut_samples]
-        return change_speed(samples, self.config.rate_hz, speed), labels
+        samples = torch.from_numpy(self.waveform(row, entry, room)[: self._cut_samples])
+        return change_speed(samples, self.config.rate_hz, speed)
 
     def load(self, micro_batch: MicroBatch) -> Batch:
         """A padded batch.
@@ -328,28 +345,43 @@ class SpeechDataset:
             if (ahead := self._ahead(micro_batch.epoch, shards)) is not None:
                 self._cache.prefetch(ahead)
         audio = self._empty(micro_batch)
-        room = self._room(int(self.index.num_samples[list(micro_batch.samples)].max()))
-        places, faults = [], []
-        for b, (row, speed) in enumerate(zip(micro_batch.samples, micro_batch.speeds, strict=True)):
-            entry = self.index.entries[row]
-            name = entry.key
-            place = _Place(name, keyed.key(self.seed, micro_batch.epoch, name) if self.training else 0)
-            places.append(place)
-            with reading(self._names[self.index.shard[row]], name):
-                # What is not played faster or slower needs no other place than its own.
-                own = audio[b].numpy() if speed == 1.0 and self.config.features.where == "model" else room
-                try:
-                    wave, place.labels = self._sample(row, speed, entry, own)
-                    if self.wave_augment is not None:
-                        wave = self.wave_augment(wave, place.noise_key)
-                    if not self.training:
-                        place.speaker = self.speaker(row)
-                    place.valid = True
-                except AudioError as error:
-                    faults.append(Fault(name, error.reason, error.detail))
-                    wave = self.log_mel.silence()
-                self._fill(audio[b], place, wave)
-        return self._finish(audio, places, faults)
+        with reading() as now:
+            # What is small comes first, of all: by turns with the sound, each would throw the other out of the cache.
+            places = [self._place(row, micro_batch.epoch, now) for row in micro_batch.samples]
+            for place, speed, out in zip(places, micro_batch.speeds, audio, strict=True):
+                now.shard, now.key = place.shard, place.key
+                self._fill(out, place, self._sound(place, speed, out))
+        return self._finish(audio, places)
+
+    def _place(self, row: int, epoch: int, now: Reading) -> "_Place":
+        """A row of a batch with all but its sound."""
+        place = _Place(row, self.index.entries[row], self._names[self.index.shard[row]])
+        now.shard, now.key = place.shard, place.key
+        if self.training:
+            place.noise_key = keyed.key(self.seed, epoch, place.key)
+        try:
+            place.labels = self.labels(row, place.entry)
+            if not self.training:
+                place.speaker = self.speaker(row)
+        except AudioError as error:
+            place.fault = error
+        return place
+
+    def _sound(self, place: "_Place", speed: float, out: Tensor) -> Tensor:
+        """The augmented waveform (N,) of a place, or its feature matrix (T, F); silence where something is wrong."""
+        # What is not played faster or slower needs no other room than its own.
+        in_place = speed == 1.0 and self.config.features.where == "model"
+        room = out.numpy() if in_place else self._room(int(self.index.num_samples[place.row]))
+        try:
+            wave = self.wave(place.row, speed, place.entry, room)
+            if self.wave_augment is not None:
+                wave = self.wave_augment(wave, place.noise_key)
+        except AudioError as error:  # says more than its transcript's error does
+            place.fault = error
+        if place.fault is None:
+            return wave
+        place.labels = []
+        return self.log_mel.silence()
 
     def clip(self, key: str) -> Tensor:
         """One recording as the model gets it, a row of `audio` without padding.
@@ -368,10 +400,10 @@ class SpeechDataset:
 
     def dummy(self) -> Batch:
         """Silence just long enough for one frame, not valid."""
-        place, silence = _Place(""), self.log_mel.silence()
+        place, silence = _Place(), self.log_mel.silence()
         audio = self._clip(silence)[None]
         self._fill(audio[0], place, silence)
-        return self._finish(audio, [place], [])
+        return self._finish(audio, [place])
 
     def _clip(self, wave: Tensor) -> Tensor:
         """A clip as the model gets it."""
@@ -379,13 +411,11 @@ class SpeechDataset:
 
     def _empty(self, micro_batch: MicroBatch) -> Tensor:
         """Room for a batch, whose lengths the index knows: a clip goes to its row while the cache has it."""
-        num_samples = self.index.num_samples[list(micro_batch.samples)].astype(np.int64)
+        num_samples = self.index.num_samples[list(micro_batch.samples)].tolist()
         if self._cut_samples is not None:
-            num_samples = np.minimum(num_samples, self._cut_samples)
-        speeds = np.array(micro_batch.speeds)
-        longest = max(
-            int(stretched(num_samples[speeds == speed], speed, self.config.rate_hz).max()) for speed in set(speeds)
-        )
+            num_samples = [min(n, self._cut_samples) for n in num_samples]
+        rate, speeds = self.config.rate_hz, micro_batch.speeds
+        longest = max(stretched(n, speed, rate) for n, speed in zip(num_samples, speeds, strict=True))
         like = self._shortest
         if self.config.features.where == "worker":
             longest = int(self.log_mel.num_frames(np.array([longest]))[0])
@@ -393,31 +423,31 @@ class SpeechDataset:
 
     def _fill(self, row: Tensor, place: "_Place", wave: Tensor) -> None:
         """All that is to be computed of a clip, and zeros after it."""
-        num_samples = len(wave)
+        samples, numbers = wave.numpy(), row.numpy()
         if self.config.features.where == "worker":
             place.length = len(self.log_mel.clip(wave, row))
         else:
-            place.length = num_samples
+            place.length = len(samples)
             if wave.data_ptr() != row.data_ptr():
-                row[:num_samples] = wave
-        place.seconds, place.checksum = num_samples / self.config.rate_hz, checksum(wave.numpy())
-        if place.length < len(row):
-            row[place.length :] = 0
+                numbers[: len(samples)] = samples
+        place.seconds, place.checksum = len(samples) / self.config.rate_hz, checksum(samples)
+        numbers[place.length :] = 0
 
-    def _finish(self, audio: Tensor, places: Sequence["_Place"], faults: list[Fault]) -> Batch:
+    def _finish(self, audio: Tensor, places: Sequence["_Place"]) -> Batch:
         lengths = torch.tensor([place.length for place in places])
         noise_keys = torch.tensor([place.noise_key for place in places])
-        if self.training and self.config.features.where == "worker":
+        if self.spec_augment is not None:
             audio = self.spec_augment(audio, lengths, keyed.fold(noise_keys, "spec_augment"))
+        labels = np.fromiter(chain.from_iterable(place.labels for place in places), np.int64)
         return {
             "keys": [place.key for place in places],
-            "valid": torch.tensor([place.valid for place in places]),
+            "valid": torch.tensor([place.entry is not None and place.fault is None for place in places]),
             "noise_keys": noise_keys,
             "checksums": [place.checksum for place in places],
-            "faults": faults,
+            "faults": [Fault(p.key, p.fault.reason, p.fault.detail) for p in places if p.fault is not None],
             "audio": audio,
             "lengths": lengths,
-            "labels": torch.tensor([i for place in places for i in place.labels], dtype=torch.long),
+            "labels": torch.from_numpy(labels),
             "label_lengths": torch.tensor([len(place.labels) for place in places]),
             "seconds": torch.tensor([place.seconds for place in places]),
             "speakers": [place.speaker for place in places],
