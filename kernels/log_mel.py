@@ -58,43 +58,64 @@ def log_mel(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: floa
     return reference(waveform, window, mel, hop, floor)
 
 
-def normalised_log_mel(
-    waveform: Tensor,
-    window: Tensor,
-    mel: Tensor,
-    hop: int,
-    floor: float,
-    mean: Tensor,
-    deviation: Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
-    """(log_mel(...) - mean) / deviation, in one pass and without a gradient: what a loader computes of each clip.
+class NormalisedLogMel:
+    """(log_mel(waveform) - mean) / deviation in one pass and without a gradient: what a loader computes of each clip.
 
     Args:
+        window, mel, hop, floor: see `log_mel`.
         mean, deviation: of each band over the corpus.
-        out: contiguous room for the result.
 
     Shape:
-        mean, deviation: (F,); out: (..., T, F)
+        mean, deviation: (F,)
 
     Raises:
-        ValueError: see `log_mel`; `out` is not what the result fits.
+        ValueError: an argument has another shape, type, device or range than it should.
     """
-    _check(waveform, window, mel, hop, floor)
-    for name, x in (("mean", mean), ("deviation", deviation)):
-        if x.shape != mel.shape[1:] or x.dtype != waveform.dtype or x.device != waveform.device:
-            _wrong(name, f"{tuple(x.shape)} of {x.dtype} on {x.device}", f"({mel.shape[1]},), alike with waveform")
-    shape = (*waveform.shape[:-1], 1 + (waveform.shape[-1] - len(window)) // hop, mel.shape[1])
-    if out is None:
-        out = waveform.new_empty(shape)
-    elif out.shape != shape or out.dtype != waveform.dtype or not out.is_contiguous():
-        _wrong("out", f"{tuple(out.shape)} of {out.dtype}", f"{shape} of {waveform.dtype}, contiguous")
-    if waveform.device.type == "cpu" and waveform.dtype == torch.float32 and MISSING is None:
-        _compute(out, waveform, window, mel, hop, floor, mean, deviation)
-    else:
-        with torch.no_grad():
-            torch.sub(log_mel(waveform, window, mel, hop, floor), mean, out=out).div_(deviation)
-    return out
+
+    def __init__(self, window: Tensor, mel: Tensor, hop: int, floor: float, mean: Tensor, deviation: Tensor) -> None:
+        _check(window.new_empty(len(window)), window, mel, hop, floor)
+        for name, x in (("mean", mean), ("deviation", deviation)):
+            if x.shape != mel.shape[1:] or x.dtype != mel.dtype or x.device != mel.device:
+                _wrong(name, f"{tuple(x.shape)} of {x.dtype} on {x.device}", f"({mel.shape[1]},), alike with mel")
+        self.window, self.mel, self.hop, self.floor, self.mean, self.deviation = (
+            window,
+            mel,
+            hop,
+            floor,
+            mean,
+            deviation,
+        )
+
+    def num_frames(self, num_samples: int) -> int:
+        """T of a clip of N samples, n_fft of them or more."""
+        return 1 + (num_samples - len(self.window)) // self.hop
+
+    def __call__(self, waveform: Tensor, out: Tensor | None = None) -> Tensor:
+        """Features of one clip.
+
+        Args:
+            out: contiguous room for the result.
+
+        Shape:
+            waveform: (N,), N at least n_fft; out: (T, F)
+
+        Raises:
+            ValueError: see `log_mel`; or `out` is not what the result fits.
+        """
+        shape = self.num_frames(len(waveform)), self.mel.shape[1]
+        if waveform.ndim != 1 or shape[0] < 1 or waveform.dtype != self.mel.dtype:
+            _wrong("waveform", f"{tuple(waveform.shape)} of {waveform.dtype}", f"(N,) of {self.mel.dtype}, N >= n_fft")
+        if out is None:
+            out = waveform.new_empty(shape)
+        elif out.shape != shape or out.dtype != waveform.dtype or not out.is_contiguous():
+            _wrong("out", f"{tuple(out.shape)} of {out.dtype}", f"{shape} of {waveform.dtype}, contiguous")
+        tools = waveform, self.window, self.mel, self.hop, self.floor
+        if waveform.is_cpu and waveform.dtype == torch.float32 and MISSING is None:
+            _compute(out, *tools, self.mean, self.deviation)
+        else:
+            with torch.no_grad():
+                torch.sub(log_mel(*tools), self.mean, out=out).div_(self.deviation)
+        return out
 
 
 def explain(waveform: Tensor) -> str:

@@ -12,7 +12,7 @@ import torchaudio
 from torch import Tensor
 
 from kernels import log_mel as module
-from kernels.log_mel import explain, log_mel, reference
+from kernels.log_mel import NormalisedLogMel, explain, log_mel, reference
 from kernels.say import say_once
 from trainer.config import PROJECT
 
@@ -62,6 +62,45 @@ def sound(samples: int, seed: int = 0) -> Tensor:
 def error(got: Tensor, wave: Tensor, window: Tensor, mel: Tensor, hop: int) -> Tensor:
     """Absolute error to the definition in float64."""
     return (got - reference(wave.double(), window.double(), mel.double(), hop, FLOOR)).abs()
+
+
+@pytest.mark.parametrize("shape", [(400, 400, 160, 400), (512, 400, 160, 16001)], ids=str)
+def test_normalised_in_one_pass_is_normalised_after_it(
+    shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_fft, width, hop, samples = shape
+    wave, (window, mel) = sound(samples), tools(n_fft, width)
+    generator = torch.Generator().manual_seed(3)
+    mean, deviation = torch.randn(23, generator=generator), 0.5 + torch.rand(23, generator=generator)
+    want = (log_mel(wave, window, mel, hop, FLOOR) - mean) / deviation
+    compute = NormalisedLogMel(window, mel, hop, FLOOR, mean, deviation)
+    assert torch.equal(compute(wave), want)
+    room = torch.full((len(want) + 1, 23), 7.0)
+    assert compute(wave, room[: len(want)]).data_ptr() == room.data_ptr()
+    assert torch.equal(room[:-1], want)
+    assert (room[-1] == 7.0).all()
+    mean += 1  # what it was given is looked at anew
+    assert torch.equal(compute(wave), (log_mel(wave, window, mel, hop, FLOOR) - mean) / deviation)
+    with pytest.raises(ValueError, match=r"out is \(2, 23\)"):
+        compute(wave, torch.empty(2, 23) if len(want) != 2 else torch.empty(3, 23))
+    with pytest.raises(ValueError, match="waveform is"):
+        compute(wave[: n_fft - 1])
+    with pytest.raises(ValueError, match="deviation is"):
+        NormalisedLogMel(window, mel, hop, FLOOR, mean, deviation[:-1])
+    monkeypatch.setattr(module, "MISSING", "none here")
+    torch.testing.assert_close(compute(wave), (want * deviation - 1) / deviation, atol=2e-2, rtol=0)
+
+
+@needs_kernel
+def test_filters_that_are_kept_are_those_of_the_call() -> None:
+    wave, (window, mel) = sound(4000), tools(400, 400)
+    other = mel.flip(1).contiguous()
+    for _ in range(2):
+        assert torch.equal(log_mel(wave, window, other, 160, FLOOR), log_mel(wave, window, mel, 160, FLOOR).flip(1))
+    mel *= 2  # in place
+    torch.testing.assert_close(
+        log_mel(wave, window, mel, 160, FLOOR), (log_mel(wave, window, mel / 2, 160, FLOOR).exp() * 2 - FLOOR).log()
+    )
 
 
 @needs_kernel

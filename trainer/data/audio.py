@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from zlib_ng import zlib_ng
 
-from kernels.log_mel import log_mel, normalised_log_mel
+from kernels.log_mel import NormalisedLogMel, log_mel
 from trainer.config import Config
 from trainer.errors import UserError
 
@@ -103,6 +103,7 @@ class LogMel(nn.Module):
         self.register_buffer("mel", mel, persistent=False)
         self.register_buffer("mean", torch.zeros(config.num_bands))
         self.register_buffer("deviation", torch.ones(config.num_bands))
+        self._normalised = NormalisedLogMel(padded, mel, self.hop, LOG_FLOOR, self.mean, self.deviation)
 
     def decode(
         self, content: bytes, intact: bool = False, room: NDArray[np.float32] | None = None
@@ -134,10 +135,13 @@ class LogMel(nn.Module):
         wave = wave.float()
         if len(wave) < self.n_fft:
             wave = nn.functional.pad(wave, (0, self.n_fft - len(wave)))
-        out = None if room is None else room[: 1 + (len(wave) - self.n_fft) // self.hop]
-        if not self.clip_mean:
+        compute = self._normalised
+        if compute.mean is not self.mean:  # moved to another device and back
             norm = self.mean, self.deviation
-            return normalised_log_mel(wave, self.window, self.mel, self.hop, LOG_FLOOR, *norm, out)
+            compute = self._normalised = NormalisedLogMel(self.window, self.mel, self.hop, LOG_FLOOR, *norm)
+        out = None if room is None else room[: compute.num_frames(len(wave))]
+        if not self.clip_mean:
+            return compute(wave, out)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             energies = self.energies(wave)
             return torch.sub(energies, energies.mean(0), out=energies if out is None else out).div_(self.deviation)

@@ -86,6 +86,16 @@ class AugmentConfig(Config):
             raise ValueError("wanted one or more factors from 0.1 to 10; take [1.0] for none")
         return speeds
 
+    @property
+    def changes_sound(self) -> bool:
+        """Whether `WaveAugment` has anything to do."""
+        return self.reverberation is not None or self.noise is not None or self.gain_db != (0, 0)
+
+    @property
+    def masks(self) -> bool:
+        """Whether `SpecAugment` has."""
+        return self.time_masks + self.frequency_masks > 0
+
 
 class WaveAugment:
     """Reverberation, noise and gain; the length of a clip stays.

@@ -111,10 +111,9 @@ class SpeechDataset:
         self._own = threading.local()
         self._shortest = self._clip(self.log_mel.silence())
         self.training = split == "train"
-        sound = self.training and config.features.kind == "log_mel"
+        sound = self.training and config.features.kind == "log_mel" and config.augment.changes_sound
         self.wave_augment = WaveAugment(config.augment, config.sample_rate_hz) if sound else None
-        masks = config.augment.time_masks + config.augment.frequency_masks
-        masked = self.training and masks > 0 and config.features.where == "worker"
+        masked = self.training and config.augment.masks and config.features.where == "worker"
         self.spec_augment = SpecAugment(config.augment) if masked else None
         self.index = Index.load(config.path / split, config.rate_hz)
         self._check_size(self.prepared.splits.get(split), len(self.index), len(self.index.shards))
@@ -328,8 +327,10 @@ class SpeechDataset:
         Raises:
             AudioError: something is wrong with it.
         """
-        samples = torch.from_numpy(self.waveform(row, entry, room)[: self._cut_samples])
-        return change_speed(samples, self.config.rate_hz, speed)
+        samples = self.waveform(row, entry, room)
+        if self._cut_samples is not None:
+            samples = samples[: self._cut_samples]
+        return change_speed(torch.from_numpy(samples), self.config.rate_hz, speed)
 
     def load(self, micro_batch: MicroBatch) -> Batch:
         """A padded batch.
