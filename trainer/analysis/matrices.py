@@ -49,7 +49,7 @@ def henrici(a: Matrix, values: Complex | None = None) -> float:
         values: the eigenvalues, if they are known.
     """
     if values is None:
-        triangle, _ = schur(a)
+        triangle = schur(_double(a).astype(np.complex128))
         return float(np.linalg.norm(np.triu(triangle, 1)))
     squared = np.linalg.norm(_double(a)) ** 2 - float(np.sum(np.abs(values) ** 2))
     return float(max(squared, 0.0)) ** 0.5
@@ -71,10 +71,13 @@ def eigenvector_condition(a: Matrix) -> float:
     return float(np.linalg.cond(vectors))
 
 
-def schur(a: Matrix) -> tuple[Complex, Complex]:
-    """Upper triangular T and unitary Q with A = Q T Q*."""
-    triangle, basis = scipy.linalg.schur(_double(a).astype(np.complex128), output="complex", check_finite=False)
-    return triangle, basis
+def schur(a: Matrix) -> Matrix:
+    """Upper triangular T of A = Q T Q*, Q unitary. Of a real A it is real, with a block of two rows on the diagonal for
+    each pair of complex eigenvalues."""
+    a = _double(a)
+    triangle, _ = scipy.linalg.schur(a, output="complex" if np.iscomplexobj(a) else "real", check_finite=False)
+    found: Matrix = triangle
+    return found
 
 
 def numerical_range(a: Matrix, num_angles: int = 120) -> Complex:

@@ -5,15 +5,17 @@ spectra of all A + E with ||E|| <= epsilon (Trefethen & Embree 2005, chapter 2).
 disks of that radius about the eigenvalues; for others it may be far larger, and then eigenvalues say little about
 powers up to a length, and about a matrix that is known up to rounding or noise.
 
-s(z) on a grid: one complex Schur form A = Q T Q*, after which z I - T is triangular for all z; then inverse Lanczos on
+s(z) on a grid: one Schur form A = Q T Q*, after which z I - T is triangular for all z; then inverse Lanczos on
 (z I - T)* (z I - T) (Trefethen 1999, "Computation of pseudospectra", Acta Numerica 8, sections 11 and 12). All z go
-through the triangular solves side by side, which makes them products with blocks of T: a step of Lanczos costs n^2
-complex multiply-adds a point, at the speed of the matrix library.
+through the triangular solves side by side, which makes them products with blocks of T, at the speed of the matrix
+library: a step of Lanczos costs n^2 multiply-adds of complex numbers a point. Of a real matrix T is real, with blocks
+of two rows on its diagonal for complex pairs, and they are half as many: T times real and imaginary parts.
 
 Where A is normal up to rounding, s(z) is the distance to the nearest eigenvalue, wrong by at most the norm of what T
 has above its diagonal, and is taken as such: there the singular values lie so close that Lanczos would be slow.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,10 +24,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from trainer.analysis.matrices import Complex, Matrix, Real, schur
 
-BLOCK = 32
-"""Rows of a triangular solve that go one by one; all before them are one product."""
-TOGETHER = 512
-"""Points that go side by side: what fits a core's cache."""
+BLOCKS = 16
+"""Blocks of a triangular solve that go one by one; what they take from all before them is one product."""
+TOGETHER = 2048
+"""Points that go side by side: so many that what is done row by row costs little beside the products."""
+MAX_NEWTON = 40
 MAX_STEPS = 200
 """Of Lanczos; a handful is enough near the spectrum, and far from it, where singular values lie close, a hundred."""
 FEW, DIRECT_SIZE = 4, 256
@@ -51,15 +54,25 @@ class Resolvent:
     def __init__(self, a: Matrix) -> None:
         self.size = len(a)
         self.real = not np.iscomplexobj(a)
-        self._upper, _ = schur(a)
-        self.eigenvalues: Complex = np.diag(self._upper).copy()
-        departure = float(np.linalg.norm(np.triu(self._upper, 1)))
-        self.normal = departure <= NORMAL * float(np.linalg.norm(self._upper))
-        self._lower = np.ascontiguousarray(self._upper.conj().T)
+        self._upper = upper = schur(a)
+        self._lower = np.ascontiguousarray(upper.conj().T)
+        self._pairs = np.flatnonzero(np.diag(upper, -1))  # first rows of the blocks of two
+        starts = np.setdiff1d(np.arange(self.size + 1), self._pairs + 1).tolist()  # of all blocks, and the end
+        self._groups = [starts[i : i + BLOCKS + 1] for i in range(0, len(starts) - 1, BLOCKS)]
+        self.eigenvalues: Complex = np.diag(upper).astype(np.complex128)
+        strict, i = np.triu(upper, 1), self._pairs
+        if len(i):
+            b, c = upper[i, i + 1], upper[i + 1, i]
+            mean, half = (upper[i, i] + upper[i + 1, i + 1]) / 2, (upper[i, i] - upper[i + 1, i + 1]) / 2
+            root = np.sqrt(half**2 + b * c + 0j)
+            self.eigenvalues[i], self.eigenvalues[i + 1] = mean + root, mean - root
+            strict[i, i + 1] = np.hypot(b + c, 2 * half)  # [[a, b], [-b, a]] is normal
+        norm = float(np.linalg.norm(upper))
+        self.normal = float(np.linalg.norm(strict)) <= NORMAL * norm
         # What a singular z I - T is solved with in place of its zeros: s is 0 there up to rounding anyway.
-        self._tiny = np.finfo(float).eps * max(float(np.linalg.norm(self._upper)), np.finfo(float).tiny ** 0.25)
+        self._tiny = np.finfo(float).eps * max(norm, np.finfo(float).tiny ** 0.25)
 
-    def smallest(self, points: ArrayLike, tolerance: float = 1e-7, say: Callable[[float], None] | None = None) -> Real:
+    def smallest(self, points: ArrayLike, tolerance: float = 1e-6, say: Callable[[float], None] | None = None) -> Real:
         """s(z), the smallest singular value of z I - A; the norm of the resolvent is 1 / s.
 
         Args:
@@ -88,69 +101,118 @@ class Resolvent:
 
     def _lanczos(self, z: Complex, tolerance: float) -> Real:
         """The same for some points: 1 / sqrt of the largest eigenvalue of (z I - T)^-1 (z I - T)^-*."""
-        found = np.zeros(len(z))
-        left = np.arange(len(z))  # those that have not converged
+        found, places = np.zeros(len(z)), np.arange(len(z))
         rng = np.random.Generator(np.random.PCG64(0))
         q = rng.standard_normal((self.size, 1)) + 1j * rng.standard_normal((self.size, 1))
         q = np.repeat(q / np.linalg.norm(q), len(z), 1)
         before, off = np.zeros_like(q), np.zeros(len(z))
-        pivots = self._pivots(z)
-        tri, earlier = np.zeros((len(z), 0, 0)), np.zeros(len(z))
+        inverses = self._inverses(z)
+        adjoint = inverses.conj()
+        diagonal, beside = np.empty((0, len(z))), np.empty((0, len(z)))
+        top, rise, done = np.zeros(len(z)), np.full(len(z), np.inf), np.zeros(len(z), dtype=bool)
         for step in range(MAX_STEPS):
-            w = self._solve(self._upper, pivots, self._solve(self._lower, pivots.conj(), q)) - off * before
+            w = self._solve(self._upper, inverses, self._solve(self._lower, adjoint, q)) - off * before
             on = np.einsum("ng,ng->g", q.conj(), w).real
             w -= on * q
             norm = np.sqrt(np.einsum("ng,ng->g", w.conj(), w).real)
-            tri = np.pad(tri, ((0, 0), (0, 1), (0, 1)))
-            tri[:, step, step] = on
-            if step:
-                tri[:, step, step - 1] = tri[:, step - 1, step] = off
             lost = ~(np.isfinite(on) & np.isfinite(norm))  # overflow: s is below 1e-150
-            if step < 2 or step % 2 or lost.any():
-                values, vectors = np.linalg.eigh(np.where(lost[:, None, None], 1.0, tri))
-                top = np.maximum(values[:, -1], np.finfo(float).tiny)
-                near = norm * np.abs(vectors[:, -1, -1]) <= tolerance * top
-                # Among singular values that lie close the value settles long before the vector does.
-                settled = (top - earlier <= 0.01 * tolerance * top) if step > 4 else np.zeros_like(near)
-                done = lost | near | settled | (step == MAX_STEPS - 1)
-                earlier = top
-                found[left[done]] = np.where(lost, 0.0, top**-0.5)[done]
-                if done.all():
-                    break
-                if done.any():
-                    kept = ~done
-                    left, tri, earlier, pivots, norm, q, w = (
-                        left[kept],
-                        tri[kept],
-                        earlier[kept],
-                        pivots[:, kept],
-                        norm[kept],
-                        q[:, kept],
-                        w[:, kept],
-                    )
+            diagonal = np.concatenate([diagonal, np.where(lost, 1.0, on)[None]])
+            earlier, (top, last) = top, _top(diagonal, beside, top)
+            near = norm * last <= tolerance * top
+            # Among singular values that lie close the value settles long before the vector does. What is still to come
+            # is a geometric series, if it goes on as it went.
+            risen, rise = rise, top - earlier
+            coming = rise * np.maximum(1.0, rise / np.maximum(risen - rise, np.finfo(float).tiny))
+            settled = (step > 4) & (coming <= 0.02 * tolerance * top)
+            new = ~done & (lost | near | settled | (step == MAX_STEPS - 1))
+            found[places[new]] = np.where(lost, 0.0, top**-0.5)[new]
+            done |= new
+            if done.all():
+                break
+            beside = np.concatenate([beside, norm[None]])
             before, off, q = q, norm, w / norm
+            if np.count_nonzero(done) > len(done) // 8:  # the others go on by themselves
+                places, top, rise, off = places[~done], top[~done], rise[~done], off[~done]
+                diagonal, beside, inverses, adjoint, before, q = (
+                    np.compress(~done, x, axis=-1) for x in (diagonal, beside, inverses, adjoint, before, q)
+                )
+                done = np.zeros(len(places), dtype=bool)
         return found
 
-    def _pivots(self, z: Complex) -> Complex:
-        """1 / (z - T_ii): (n, G)."""
-        d = z - self.eigenvalues[:, None]
-        shifted: Complex = np.where(np.abs(d) < self._tiny, self._tiny, d)
-        found: Complex = np.reciprocal(shifted)
+    def _inverses(self, z: Complex) -> Complex:
+        """Inverses of the blocks on the diagonal of z I - T, row under row: (n, 2, G); a block of one has a column."""
+        d = z - np.diag(self._upper)[:, None]
+        found = np.zeros((self.size, 2, len(z)), np.complex128)
+        found[:, 0] = np.reciprocal(np.where(np.abs(d) < self._tiny, self._tiny, d))
+        if len(i := self._pairs):
+            right, left = self._upper[i, i + 1][:, None], self._upper[i + 1, i][:, None]
+            determinant, least = d[i] * d[i + 1] - right * left, self._tiny * np.sqrt(np.abs(right * left))
+            inverse = np.reciprocal(np.where(np.abs(determinant) < least, least, determinant))
+            found[i, 0], found[i, 1] = d[i + 1] * inverse, right * inverse
+            found[i + 1, 0], found[i + 1, 1] = left * inverse, d[i] * inverse
         return found
 
-    def _solve(self, triangle: Complex, pivots: Complex, b: Complex) -> Complex:
+    def _solve(self, triangle: Matrix, inverses: Complex, b: Complex) -> Complex:
         """(z I - T)^-1 b, or of its adjoint where the triangle is the lower one: (n, G)."""
-        x, n = b.copy(), self.size
-        backwards = triangle is self._upper
-        starts = range(0, n, BLOCK)
-        for first in reversed(starts) if backwards else starts:
-            last = min(first + BLOCK, n)
-            known = slice(last, n) if backwards else slice(0, first)
-            x[first:last] += triangle[first:last, known] @ x[known]
-            for i in reversed(range(first, last)) if backwards else range(first, last):
-                inside = slice(i + 1, last) if backwards else slice(first, i)
-                x[i] = (x[i] + triangle[i, inside] @ x[inside]) * pivots[i]
+        x, upper = b.copy(), triangle is self._upper
+        for group in reversed(self._groups) if upper else self._groups:
+            first, last = group[0], group[-1]
+            known = slice(last, self.size) if upper else slice(0, first)
+            x[first:last] += _product(triangle[first:last, known], x[known])
+            blocks = list(itertools.pairwise(group))
+            for start, end in reversed(blocks) if upper else blocks:
+                inside = slice(end, last) if upper else slice(first, start)
+                if inside.start < inside.stop:
+                    x[start:end] += _product(triangle[start:end, inside], x[inside])
+                if end - start == 1:
+                    x[start] *= inverses[start, 0]
+                elif upper:
+                    x[start:end] = (inverses[start:end] * x[start:end]).sum(1)
+                else:  # the transposed block
+                    x[start:end] = (inverses[start:end] * x[start:end, None]).sum(0)
         return x
+
+
+def _product(a: Matrix, x: Complex) -> Complex:
+    """A x; of a real A and a contiguous x in half the time that numpy takes."""
+    if np.iscomplexobj(a):
+        return a @ x
+    found: Complex = (a @ x.view(np.float64)).view(np.complex128)
+    return found
+
+
+def _top(on: Real, off: Real, below: Real) -> tuple[Real, Real]:
+    """Largest eigenvalue of symmetric tridiagonal matrices, and the absolute last number of its vector, of length 1.
+
+    d_1 = x - a_1, d_j = x - a_j - b_{j-1}^2 / d_{j-1} are the pivots of x I - A: all are positive above the largest
+    eigenvalue, where the last one is 0, and its slope there is 1 / v_k^2. It has a pole where the matrix without the
+    last row has its largest eigenvalue; Newton's method goes on (x - pole) d_k, and comes down from above.
+
+    Args:
+        on: (k, G) the diagonals, a. off: (k - 1, G) what stands beside them, b.
+        below: (G,) the largest eigenvalues without the last row and column.
+    """
+    if len(on) == 1:
+        return np.maximum(on[0], np.finfo(float).tiny), np.ones_like(below)
+    squares = off**2
+    # With all that couples the last row at the pole: never too low.
+    x = (below + on[-1]) / 2 + np.sqrt(((below - on[-1]) / 2) ** 2 + squares[-1])
+    slope = np.ones_like(x)
+    for _ in range(MAX_NEWTON):
+        pivot, slope = x - on[0], np.ones_like(x)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            for a, b in zip(on[1:], squares, strict=True):
+                ratio = b / pivot
+                slope = 1 + ratio / pivot * slope
+                pivot = x - a - ratio
+            room = x - below
+            change = room * pivot / (pivot + room * slope)
+        change = np.where(np.isfinite(change), np.clip(change, 0, 0.999 * room), 0)
+        x = x - change
+        if not (change > 1e-14 * x).any():
+            break
+    with np.errstate(invalid="ignore"):  # at the pole itself the last row has no part in it
+        return np.maximum(x, below), np.where(np.isfinite(slope), 1 / np.sqrt(slope), 0.0)
 
 
 @dataclass(frozen=True)
@@ -210,7 +272,9 @@ def abscissa(a: Matrix, epsilon: float, tolerance: float = 1e-10) -> float:
         middles = (heights[1:] + heights[:-1]) / 2
         if resolvent.real:
             middles = middles[middles >= 0]
-        inside = middles[resolvent.smallest(found + 1j * middles) < epsilon * (1 - 1e-7)] if len(middles) else middles
+        inside = (
+            middles[resolvent.smallest(found + 1j * middles, 1e-9) < epsilon * (1 - 1e-7)] if len(middles) else middles
+        )
         further = max((right_of(float(y)) for y in inside), default=found)
         if further <= found + tolerance * max(1.0, abs(found)):
             return max(found, further)
@@ -251,7 +315,7 @@ def radius(a: Matrix, epsilon: float, tolerance: float = 1e-10) -> float:
         if resolvent.real:
             middles = np.unique(np.abs(middles))
         points = found * np.exp(1j * middles)
-        inside = middles[resolvent.smallest(points) < epsilon * (1 - 1e-7)] if len(middles) else middles
+        inside = middles[resolvent.smallest(points, 1e-9) < epsilon * (1 - 1e-7)] if len(middles) else middles
         further = max((out_along(float(t)) for t in inside), default=found)
         if further <= found + tolerance * max(1.0, abs(found)):
             return max(found, further)
