@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
-from trainer import bench_language, bench_loader, bench_orthogonal, bench_plan, recipe
+from trainer import bench_language, bench_layers, bench_loader, bench_orthogonal, bench_plan, recipe
 from trainer.__main__ import main
 from trainer.errors import EXIT_USER_MISTAKE, UserError
 from trainer.verbs import bench as bench_verb
@@ -191,3 +191,14 @@ def test_language(tmp_path: Path) -> None:
     (result,) = run_ranks(1, contest, tmp_path / "language.json", {**small, "CONTESTS": contests})
     assert list(result["rows"]) == ["full", "blocks, adaptive"]
     assert all(speed > 0 for row in result["rows"].values() for speed in row["tokens_per_second"])
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_layer_computes_what_torch_does_and_is_measured_as_models_run_it(ragged: bool) -> None:
+    line = bench_layers.layer_bench(24, 3, ragged)
+    kernel_bench._agree(line)
+    weights = line.inputs[1:]
+    with torch.no_grad():
+        weights[0][0, 0] += 1.0
+    with pytest.raises(AssertionError, match="the output of torch differs"):
+        kernel_bench._agree(line)

@@ -2,7 +2,7 @@
 
     ./launch.sh bench step speech/read_ru        the engine's step against a bare PyTorch loop
     ./launch.sh bench loader speech/read_ru      the loader against webdataset, files and lhotse (where it is installed)
-    ./launch.sh bench kernels                    every kernel against torch, a loop, and its own floor, on one thread
+    ./launch.sh bench kernels                    every kernel, and LSTM layers, against torch, a loop, and its own floor
     ./launch.sh bench orthogonal                 cost of an orthogonal matrix; copying against torch's parts, one thread
     ./launch.sh bench language                   tokens a second of language models against torch's parts
     ./launch.sh bench plan speech/read_ru        time and memory of index and plan of large synthetic corpora, padding
@@ -10,15 +10,16 @@
     ./launch.sh bench utilization speech/read_ru model FLOPs utilisation of a training step
     ./launch.sh bench batch-size speech/read_ru  the largest safe plan.micro_batch_seconds on this device
 
-The rivals stand in trainer/bench.py, bench_loader.py, bench_orthogonal.py and bench_language.py, and in
-kernels/bench.py. Lines of blocks are measured against FlashRNN too, where `pip install flashrnn packaging einops` was
-done. Close other programs first; the spread (quartiles) tells whether it was quiet. A corpus of `bench plan` with 10
-million utterances takes 4 GB under --folder (or TMPDIR).
+The rivals stand in trainer/bench.py, bench_loader.py, bench_orthogonal.py, bench_language.py and bench_layers.py, and
+in kernels/bench.py. Lines of blocks are measured against FlashRNN too, where `pip install flashrnn packaging einops`
+was done. Close other programs first; the spread (quartiles) tells whether it was quiet. A corpus of `bench plan` with
+10 million utterances takes 4 GB under --folder (or TMPDIR).
 """
 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -405,13 +406,15 @@ def _kernels(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import kernels
     from kernels import bench
+    from trainer import bench_layers
     from trainer.errors import UserError
 
     if kernels.unsupported(torch.empty(0), "lstm") is not None:
         raise UserError(f"bench kernels: the CPU runs {kernels.explain(torch.empty(0))}")
     console = Console(width=150 if not sys.stdout.isatty() else None)
     try:
-        result = bench.run(arguments.seconds, arguments.only, lambda name: print(name, file=sys.stderr, flush=True))
+        say = partial(print, file=sys.stderr, flush=True)
+        result = bench.run(arguments.seconds, arguments.only, say, bench_layers.benches())
     except ValueError as error:
         raise UserError(f"--only {arguments.only}: {error}") from error
     table = Table(title=f"forward / forward + backward, medians; floor {result['peak_gflops']:.0f} GFLOP/s a core")
