@@ -98,7 +98,8 @@ def test_idle_ranks_are_told_before_anything_starts(
     shown = capsys.readouterr().out
     assert "longer than 2.5 s" in shown
     assert "forward and backward take" in " ".join(shown.replace("│", " ").split())
-    warnings = [line for line in shown.splitlines() if line.startswith("warning:") and "padding" not in line]
+    left_out, *warnings = [line for line in shown.splitlines() if line.startswith("warning:") and "padding" not in line]
+    assert "of the samples are left out, see above; mend the data" in left_out
     assert (wanted in warnings[0]) if wanted else not warnings
 
 
@@ -130,3 +131,17 @@ def test_a_start_that_was_refused_holds_nobody_to_its_settings(tmp_path: Path, l
     (tmp_path / "run" / left).touch()
     with pytest.raises(UserError, match=r"model.hidden_size = 9, now 8\n.*put the values back"):
         RunDirectory(tmp_path / "run").claim(first)
+
+
+def test_a_file_that_may_not_be_read_is_the_users_to_mend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As root one may read everything, so the refusal is made."""
+
+    def refuse(path: Path, *arguments: object, **named: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "corpus.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert main(["shards", "lint", str(tmp_path)]) == EXIT_USER_MISTAKE
+    assert capsys.readouterr().err.strip().endswith("give yourself the right to it, or name another place")

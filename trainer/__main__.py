@@ -7,9 +7,11 @@ import importlib
 import os
 import pkgutil
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from trainer import verbs
+from trainer.config import show
 from trainer.errors import EXIT_DONE, EXIT_OUR_FAULT, EXIT_REQUEUE, EXIT_USER_MISTAKE, RequeueError, UserError
 from trainer.launch import follow_parent, tell
 
@@ -32,6 +34,10 @@ def main(arguments: list[str]) -> int:
         return code
     except UserError as error:
         tell(str(error))
+        return EXIT_USER_MISTAKE
+    except PermissionError as error:  # of any file, in whatever verb: the user's to mend
+        what = show(Path(os.fsdecode(error.filename))) if error.filename is not None else verb
+        tell(f"{what}: {error.strerror}; give yourself the right to it, or name another place")
         return EXIT_USER_MISTAKE
     except RequeueError:
         return EXIT_REQUEUE

@@ -13,6 +13,7 @@ import pytest
 
 from tests.data import layouts
 from tests.helpers import TINY, run_ranks
+from tests.helpers import overrides as speech_overrides
 from trainer import recipe
 from trainer.__main__ import main
 from trainer.evaluation import read_evaluation
@@ -127,3 +128,19 @@ def test_a_corpus_that_is_not_at_hand_is_planned(tmp_path: Path, capsys: pytest.
     told = " ".join(capsys.readouterr().err.split())
     assert "prepare CONFIG` first; or plan as many made-up ones" in told
     assert "`plan speech/librispeech_960 utterances=N`" in told
+
+
+def test_a_plan_warns_of_what_is_left_out_and_of_dummies(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(*more: str) -> str:
+        assert main(["plan", "speech/tones", *speech_overrides(corpus, tmp_path, *more)]) == 0
+        return " ".join(capsys.readouterr().out.partition("warning: ")[2].split())
+
+    assert warned("plan.max_seconds=0.05").startswith(
+        "100 % of the samples are left out, see above: nothing to train on"
+    )
+    # One step of few micro-batches for many: what is no dummy is little.
+    share = int(warned("plan.micro_batches_per_step=64", "world_size=64").split(" %")[0])
+    assert 0 < share < 100
+    assert share > 50

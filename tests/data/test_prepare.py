@@ -278,6 +278,9 @@ def test_many_problems_are_counted(tmp_path: Path, rows: list[dict[str, Any]]) -
     with pytest.raises(UserError, match="and 5 more") as caught:
         prepare(settings(tmp_path), processes=1)
     assert len(str(caught.value).splitlines()) == 22
+    (path,) = tmp_path.rglob("problems.txt")
+    assert len(path.read_text().splitlines()) == 25
+    assert str(path.relative_to(tmp_path)) in str(caught.value)
 
 
 def test_splits_that_share_a_text_are_told(

@@ -587,8 +587,11 @@ def test_a_server_that_is_away_stops_nothing_that_is_here(
 
 def test_a_folder_is_the_copy_of_one_corpus(tmp_path: Path, corpus: Path, published: tuple[str, Path]) -> None:
     url, folder = published
+    own = shutil.copytree(corpus, tmp_path / "own", ignore=shutil.ignore_patterns(".columns"))
+    before = set(own.rglob("*"))
     with pytest.raises(UserError, match="holds a corpus of its own"):
-        mirror(shutil.copytree(corpus, tmp_path / "own"), RemoteConfig(url=url))
+        mirror(own, RemoteConfig(url=url))
+    assert set(own.rglob("*")) == before, "nothing is left of what was refused"
     mirror(tmp_path / "copy", RemoteConfig(url=url))
     with pytest.raises(UserError, match="is the copy of http"):
         mirror(tmp_path / "copy", RemoteConfig(url="http://127.0.0.1:9/other"))

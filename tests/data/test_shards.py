@@ -165,6 +165,18 @@ def test_where_no_name_says_the_split_the_text_does(tmp_path: Path) -> None:
     assert check(folder) == [("duplicate", f"s{n}", "the key is in " + f"{folder}/part0.tar too") for n in range(20)], (
         "and lint tells"
     )
+    for path, into in ((folder, tmp_path / "again"), (tmp_path / "again", None)):  # over links that share a tar
+        again = make_indexes(path, into, CONFIG).prepared
+        assert again is not None
+        assert {s: i.samples for s, i in again.splits.items()} == {
+            s: i.samples for s, i in made.prepared.splits.items()
+        }
+    own, other = (index_path(tmp_path / "again" / split / "part0.tar") for split in ("train", "test"))
+    lines = other.read_text().splitlines()
+    head = json.dumps(json.loads(lines[0]) | {"samples": len(lines)})
+    other.write_text("\n".join([head, *lines[1:], own.read_text().splitlines()[1]]) + "\n")
+    told = [detail for _, _, detail in check(tmp_path / "again") if "would be in both" in detail]
+    assert len(told) == 1
     shutil.move(folder, tmp_path / "moved")
     assert len(Index.load(tmp_path / "moved/train", RATE)) == made.prepared.splits["train"].samples
 

@@ -1,6 +1,7 @@
 """Reading samples: whatever is wrong with one is found and named, and nothing wrong passes for right."""
 
 import io
+import json
 import shutil
 import tarfile
 from dataclasses import replace
@@ -16,6 +17,7 @@ from tests.helpers import contents, overrides
 from trainer import recipe
 from trainer.data.index import write_index
 from trainer.data.plan import MicroBatch
+from trainer.errors import UserError
 
 
 @pytest.fixture
@@ -96,6 +98,13 @@ def test_fuzzed_tars_never_pass_off_wrong_for_right(data: Path) -> None:
     found = check_fuzzed(task(data), data, 100)
     assert found["right"] > 100
     assert found["found out"] > 100
+
+
+def test_another_alphabet_than_that_of_the_shards_is_refused(data: Path) -> None:
+    made = json.loads((data / "corpus.json").read_text())["alphabet"]
+    assert task(data, f"data.text.alphabet={json.dumps(made)}").build_dataset("train").tokens.identity == made
+    with pytest.raises(UserError, match=r"data.text.alphabet = .*the configuration says 'abc'; say the same, or run"):
+        task(data, "data.text.alphabet=abc").build_dataset("train")
 
 
 def test_a_long_clip_is_cut_with_its_labels(data: Path) -> None:

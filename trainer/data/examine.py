@@ -118,8 +118,8 @@ def find_shards(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{show(path)}: there is no such file or folder; mend the path")
-    if (path / STATE).is_dir():
-        url = (path / STATE / "url").read_text(encoding="utf-8")
+    if (mirrored := path / STATE / "url").is_file():
+        url = mirrored.read_text(encoding="utf-8")
         raise UserError(
             f"{show(path)}: is the local copy of {url}, where not all is; look at the shards where they lie"
         )

@@ -90,8 +90,15 @@ def lint(
             found += [Finding(e.shard, Problem(p.check, p.detail, f.pair.key)) for p in problems]
     indexes = {(index_path(shard), shard) for shard in shards if index_path(shard).is_file()}
     by_file = {e.shard.resolve(): e for e in examined}
+    splits: dict[tuple[Path, int], Path] = {}  # which link's index has the sample at a place of a tar
     for index, shard in sorted(indexes):
-        found += [Finding(shard, p) for p in _against_index(index, by_file[shard.resolve()])]
+        entries, problems = _read_index(index)
+        problems += _against_index(index, entries, by_file[shard.resolve()])
+        for entry in entries:
+            if (first := splits.setdefault((shard.resolve(), entry.audio_offset), shard)) != shard:
+                told = f"the index of {show(first)} has it too: it would be in both; run `shards index` again"
+                problems.append(Problem("duplicate", told, entry.key))
+        found += [Finding(shard, p) for p in problems]
     return found, examined
 
 
@@ -142,16 +149,21 @@ def units(text: str, rules: TextConfig) -> Sequence[str]:
     return text.split() if rules.phones else text
 
 
-def _against_index(index: Path, examined: Examined) -> list[Problem]:
-    """What an index says that is not so."""
+def _read_index(index: Path) -> tuple[list[Entry], list[Problem]]:
+    """The samples that an index names; or none, and why it cannot be read."""
     try:
         with index.open(encoding="utf-8") as lines:
             head, *rows = map(json.loads, lines)
         entries = [Entry(**row) for row in rows]
         if len(entries) != head["samples"]:
-            return [Problem("index", f"{index.name}: ends after {len(entries)} of {head['samples']} samples")]
+            return [], [Problem("index", f"{index.name}: ends after {len(entries)} of {head['samples']} samples")]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [Problem("index", f"{index.name}: is damaged: {error}")]
+        return [], [Problem("index", f"{index.name}: is damaged: {error}")]
+    return entries, []
+
+
+def _against_index(index: Path, entries: list[Entry], examined: Examined) -> list[Problem]:
+    """What an index says that is not so."""
     places = {(f.pair.audio.offset, f.pair.text.offset): f for f in examined.samples}
     problems = []
     for entry in entries:

@@ -111,6 +111,7 @@ def mirror(folder: Path, remote: RemoteConfig) -> None:
     assert remote.url is not None
     where = f"data.remote.url = {public(remote.url)}"
     state = folder / STATE
+    _claim(folder, remote.url)  # before anything is made
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,6 +119,7 @@ def mirror(folder: Path, remote: RemoteConfig) -> None:
     with (state / "mirror.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _claim(folder, remote.url)
+        (state / "url").write_text(public(remote.url), encoding="utf-8")
         source = open_source(remote.url)
         fresh = state / "corpus.json"
         try:
@@ -244,7 +246,6 @@ def _claim(folder: Path, url: str) -> None:
                 f"data.path = {folder}: holds a corpus of its own; choose another folder for the copy of "
                 f"data.remote.url = {told}, or leave data.remote.url out"
             )
-        name.write_text(told, encoding="utf-8")
     elif (there := name.read_text(encoding="utf-8")) != told:
         raise UserError(
             f"data.path = {folder}: is the copy of {there}, not of data.remote.url = {told}; choose another folder, or "

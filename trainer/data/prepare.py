@@ -85,11 +85,11 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
         for line in (_shared_texts(cleaned.texts), None if config.text.unknown == "error" else outside):
             if line:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
-        _refuse_empty_splits(cleaned, problems)
+        _refuse_empty_splits(root, cleaned, problems)
         try:
             vocabulary = _vocabulary(config, cleaned)
         except UserError as error:
-            raise UserError(listing([*problems, str(error)])) from error
+            raise UserError(_listed(root, [*problems, str(error)])) from error
         tasks = _plan(config, cleaned)
         stale = _stale(root, tasks)
         todo = [task for task in tasks if not is_done(task)]
@@ -102,7 +102,7 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
         if problems:
             cure = "The shards without these are kept: mend this and run the command again."
             counts = outside if config.text.unknown == "error" else None  # else it was printed
-            raise UserError("\n".join(filter(None, (listing(problems), counts, cure))))
+            raise UserError("\n".join(filter(None, (_listed(root, problems), counts, cure))))
         for shard in stale:
             _remove(shard)
         if stale:
@@ -229,7 +229,16 @@ def _outside(utterance: Utterance, units: list[str]) -> str:
     return _problem(utterance, f"holds {named}, which the alphabet of the training texts has not", cure)
 
 
-def _refuse_empty_splits(cleaned: Cleaned, problems: list[str]) -> None:
+def _listed(root: Path, problems: list[str]) -> str:
+    """The first problems as a message, and where all of them are, if they are many."""
+    if len(problems) <= MAX_SHOWN:
+        return listing(problems)
+    path = root / NOTES / "problems.txt"
+    path.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8", errors="replace")
+    return f"{listing(problems)}: all {len(problems)} are in {show(path)}"
+
+
+def _refuse_empty_splits(root: Path, cleaned: Cleaned, problems: list[str]) -> None:
     """Every split is needed; where lines are unusable the cause may be these, and they are told first.
 
     Raises:
@@ -243,7 +252,7 @@ def _refuse_empty_splits(cleaned: Cleaned, problems: list[str]) -> None:
             "say `split` of each in a manifest"
         )
     if "train" in empty:
-        raise UserError(listing(problems))
+        raise UserError(_listed(root, problems))
 
 
 def _plan(config: SpeechDataConfig, cleaned: Cleaned) -> list[Task]:

@@ -114,6 +114,11 @@ class Prepared(BaseModel):
         """Every shard by its name below the folder, as in train/shard-000000.tar."""
         return {f"{split}/{name}": file for split, info in self.splits.items() for name, file in info.files.items()}
 
+    @property
+    def maker(self) -> str:
+        """The command that made it."""
+        return "shards index FOLDER CONFIG" if self.corpus == FOREIGN else "prepare CONFIG"
+
     def reading(self, text: TextConfig) -> TextConfig:
         """How a transcript in the shards is read: what others wrote is normalised, what `prepare` wrote is already."""
         return text if self.corpus == FOREIGN else text.model_copy(update={"lowercase": False, "map": {}})

@@ -78,10 +78,8 @@ def make_indexes(path: Path, into: Path | None, config: SpeechDataConfig, any_ra
     single = path.is_file()
     root = into or (path.parent if single else path)
     _refuse_others(root, single and not into)
-    linked = find_shards(path)
-    if into is None and not single:  # links of an earlier call lead to the tars that are found anyway
-        linked = [shard for shard in linked if not shard.is_symlink()] or linked
-    splits = {shard: None if single else _split_of(shard, path) for shard in linked}
+    splits = {path: None} if single else _each_once(path)
+    linked = list(splits)
     in_place = into is None and all((split := splits[s]) and s.parent == path / split for s in linked)
     rate = rate_of(linked, config, any_rate)
     looks = [
@@ -142,6 +140,21 @@ def make_indexes(path: Path, into: Path | None, config: SpeechDataConfig, any_ra
     )
     write_prepared(prepared, root)
     return Indexed(prepared, [index_path(shard) for group in written.values() for shard, _ in group], examined)
+
+
+def _each_once(path: Path) -> dict[Path, SplitName | None]:
+    """The tars in a folder and their splits, where names say one; each once, however many links lead to it.
+
+    Links of an earlier call share a tar among splits: it is taken by its own name, and the texts say the splits again.
+    """
+    links: dict[Path, list[Path]] = {}
+    for shard in find_shards(path):
+        links.setdefault(shard.resolve(), []).append(shard)
+    found = {}
+    for tar, ways in links.items():
+        own = next((way for way in ways if not way.is_symlink()), ways[0] if len(ways) == 1 else tar)
+        found[own] = _split_of(own, path) if path in own.parents else None
+    return dict(sorted(found.items()))
 
 
 def _refuse_empty(path: Path, examined: list[Examined]) -> None:

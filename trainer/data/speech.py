@@ -152,12 +152,14 @@ class SpeechDataset:
             "data.features.kind": (config.features.kind, prepared.statistics.kind),
             "data.sample_rate_hz": (config.rate_hz, prepared.sample_rate_hz),
             "data.text.tokens": (label_settings(config.text), prepared.tokens),
+            "data.text.alphabet": (config.text.alphabet or prepared.alphabet, prepared.alphabet),
             "data.features.num_bands": (config.features.num_bands, prepared.statistics.num_bands),
             "data.features.window_ms": (config.features.window_ms, prepared.statistics.window_ms),
             "data.features.hop_ms": (config.features.hop_ms, prepared.statistics.hop_ms),
         }
         lines = [
-            f"{where}: was prepared with {name} = {made}, the configuration says {now}; run `./launch.sh prepare` again"
+            f"{where}: was made with {name} = {made!r}, the configuration says {now!r}; say the same, or run "
+            f"`./launch.sh {prepared.maker}` again"
             for name, (now, made) in wanted.items()
             if now != made
         ]
@@ -169,7 +171,7 @@ class SpeechDataset:
             wanted = f"{made.samples} in {made.shards}" if made else "none"
             raise UserError(
                 f"{show(self.config.path / self.split)}: holds {samples} samples in {shards} shards, corpus.json "
-                f"beside it says {wanted}; put back what is missing, or run `./launch.sh prepare CONFIG` again"
+                f"beside it says {wanted}; put back what is missing, or run `./launch.sh {self.prepared.maker}` again"
             )
 
     @property

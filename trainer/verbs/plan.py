@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from trainer.data.plan import Steps
     from trainer.recipe import Recipe
 
-MUCH_WASTE = 0.05
-"""Share of dummies, or of padding, that is worth a warning."""
+MUCH_WASTE, HALF = 0.05, 0.5
+"""Share of padding, of samples left out or of dummies in each step that is worth a warning; of dummies in a last step
+that is not full."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +100,12 @@ def _print(config_name: str, overrides: list[str], world_size: int, what: str = 
         table.add_row("worst batch", f"{text}; forward and backward take {grown / 2**20:,.0f} MiB")
     console = Console()
     console.print(table)
-    for warning in _warnings(world_size, size, padding):
+    left = (len(dataset.plan.rejections) + len(known)) / max(len(dataset), 1)
+    if left > MUCH_WASTE or not steps:
+        told = f"{100 * left:.0f} % of the samples are left out, see above" + ("" if steps else ": nothing to train on")
+        console.print(f"warning: {told}; mend the data, or what leaves it out", highlight=False, soft_wrap=True)
+    passes = rounds * world_size * len(steps)
+    for warning in _warnings(world_size, size, dummies / max(passes, 1), padding):
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     console.print("DeepSpeed:", highlight=False)
     derived = distributed.deepspeed_config(
@@ -134,8 +140,13 @@ def _worst(recipe: "Recipe[Any]", dataset: "Dataset", steps: "Steps", model: "nn
     return f"{len(worst[0].samples)} samples of {length}", grown
 
 
-def _warnings(world_size: int, size: int, padding: float) -> list[str]:
-    """What would be wasted, each with its cure."""
+def _warnings(world_size: int, size: int, dummies: float, padding: float) -> list[str]:
+    """What would be wasted, each with its cure.
+
+    Args:
+        size: micro-batches of a step.
+        dummies, padding: their shares.
+    """
     found = []
     if world_size > size:
         idle = f"rank {size} has" if world_size == size + 1 else f"ranks {size} to {world_size - 1} have"
@@ -143,10 +154,15 @@ def _warnings(world_size: int, size: int, padding: float) -> list[str]:
             f"{idle} nothing to do in any step: a step holds {size} micro-batches for {world_size} processes; set "
             f"plan.micro_batches_per_step={world_size} or more, or start fewer processes"
         )
-    elif (dummies := 1 - size / (most := math.ceil(size / world_size) * world_size)) > MUCH_WASTE:
+    elif 1 - size / (most := math.ceil(size / world_size) * world_size) > MUCH_WASTE:
         found.append(
             f"{100 * dummies:.0f} % of all passes are dummies that keep the ranks in step; make "
             f"plan.micro_batches_per_step a multiple of the {world_size} processes, e.g. {most}"
+        )
+    elif dummies > HALF:
+        found.append(
+            f"{100 * dummies:.0f} % of all passes are dummies, as an epoch has fewer micro-batches than its steps "
+            "could hold; make plan.micro_batches_per_step smaller"
         )
     if padding > MUCH_WASTE:
         found.append(

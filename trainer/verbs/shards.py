@@ -97,9 +97,10 @@ def _lint(arguments: argparse.Namespace, recipe: "Recipe[Any]", any_rate: bool) 
     from trainer.errors import EXIT_CHECK_FOUND_SOMETHING, EXIT_DONE
 
     plan = recipe.config.plan
-    longest = min(plan.max_seconds or plan.micro_batch_seconds, plan.micro_batch_seconds)
     frames = recipe.num_output_frames  # type: ignore[attr-defined]
-    findings, examined = lint(arguments.path, recipe.config.data, (plan.min_seconds, longest), frames, any_rate)
+    findings, examined = lint(
+        arguments.path, recipe.config.data, (plan.min_seconds, plan.longest_seconds), frames, any_rate
+    )
     if arguments.json:
         rows = [
             {"shard": str(f.shard), "key": f.problem.key, "check": f.problem.check, "detail": f.problem.detail}
