@@ -237,6 +237,31 @@ def test_all_that_is_bad_is_named_at_once(tmp_path: Path, rows: list[dict[str, A
     assert not (config.path / "corpus.json").exists()
 
 
+def test_a_share_of_the_corpus_may_be_left_out_and_is_listed(
+    tmp_path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = (tmp_path / "5.wav").read_bytes()
+    (tmp_path / "5.wav").write_bytes(b"this is not audio")
+    rows[9]["text"] = "  "
+    write_manifest(tmp_path, rows)
+    few, enough = (settings(tmp_path, max_unusable_share=n / len(rows)) for n in (1.5, 2.5))
+    with pytest.raises(UserError, match="let it leave out such a share"):
+        prepare(few, processes=1)
+    for _ in range(2):  # again, over what is there already
+        prepared = prepare(enough, processes=1)
+        assert sum(info.samples for info in prepared.splits.values()) == len(rows) - 2
+        told = (enough.path / "left_out.txt").read_text().splitlines()
+        assert sorted(line.split("key ")[1].split(":")[0] for line in told) == ["5", "9"]
+        assert "2 lines are unusable and left out" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="not audio"):
+        prepare(settings(tmp_path), processes=1)
+    (tmp_path / "5.wav").write_bytes(good)
+    rows[9]["text"] = rows[8]["text"]
+    write_manifest(tmp_path, rows)
+    assert sum(info.samples for info in prepare(settings(tmp_path), processes=1).splits.values()) == len(rows)
+    assert not (enough.path / "left_out.txt").exists()
+
+
 def test_audio_that_ends_early_is_named(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     whole = (tmp_path / "4.wav").read_bytes()
     (tmp_path / "4.wav").write_bytes(whole[:2000])

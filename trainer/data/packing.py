@@ -8,7 +8,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,6 +59,8 @@ class Task:
     sample_rate_hz: int
     """Of precomputed features: rows a second."""
     features: FeaturesConfig
+    lenient: bool = False
+    """Whether a sample that cannot be used is left out, instead of the whole shard."""
 
     @property
     def counted(self) -> bool:
@@ -101,6 +103,8 @@ class Note:
     """Sum of each band."""
     squares: list[float]
     """Sum of the squares of each band."""
+    left_out: list[str] = field(default_factory=list)
+    """What was wrong with the samples that it lacks."""
 
 
 def feature_settings(features: FeaturesConfig) -> dict[str, Any]:
@@ -158,11 +162,12 @@ def shard_writer(stream: BinaryIO) -> Any:
 
 
 def write_shard(task: Task) -> list[str]:
-    """Read, convert and pack the samples of a shard; returns what is wrong with them, and then writes nothing."""
+    """Read, convert and pack the samples of a shard; returns what is wrong with them, and then writes nothing, unless
+    the task is lenient."""
     features = _features(task.features, task.sample_rate_hz)
     num_bands = features.num_bands if task.counted else 0
     frames, sums, squares = 0, np.zeros(num_bands), np.zeros(num_bands)
-    lengths: list[int] = []
+    kept: list[tuple[Sample, int]] = []
     problems: list[str] = []
     temporary = task.note.with_suffix(".tar.tmp")
     try:
@@ -179,7 +184,7 @@ def write_shard(task: Task) -> list[str]:
                     except AudioError as error:
                         problems.append(str(error))
                         continue
-                    lengths.append(len(wave))
+                    kept.append((sample, len(wave)))
                     tar.write(_members(sample, task, packed, len(wave)))
                     if task.counted:
                         with torch.inference_mode():
@@ -189,13 +194,14 @@ def write_shard(task: Task) -> list[str]:
                         squares += bands.square().sum(0).numpy()
             stream.flush()
             os.fsync(stream.fileno())
-        if problems:
+        if problems and not (task.lenient and kept):
             return problems
-        entries = _entries(temporary, task, lengths)
+        entries = _entries(temporary, task, kept)
         # The index goes first and comes last: whatever happens in between, the shard does not count as done.
         task.shard.parent.mkdir(exist_ok=True)
         index_path(task.shard).unlink(missing_ok=True)
-        note = Note(task.fingerprint, len(entries), sum(lengths), frames, sums.tolist(), squares.tolist())
+        length = sum(length for _, length in kept)
+        note = Note(task.fingerprint, len(entries), length, frames, sums.tolist(), squares.tolist(), problems)
         _write_whole(task.note, json.dumps(asdict(note)))
         temporary.replace(task.shard)
         write_index(task.shard, entries)
@@ -205,7 +211,7 @@ def write_shard(task: Task) -> list[str]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return []
+    return problems
 
 
 def read_audio(utterance: Utterance, sample_rate_hz: int) -> NDArray[np.int16]:
@@ -344,13 +350,13 @@ def _npy(matrix: NDArray[np.float32]) -> bytes:
     return stream.getvalue()
 
 
-def _entries(shard: Path, task: Task, lengths: list[int]) -> list[Entry]:
+def _entries(shard: Path, task: Task, kept: list[tuple[Sample, int]]) -> list[Entry]:
     """The index of a finished tar, read from the tar itself."""
     with tarfile.open(shard) as tar:
         members = {member.name: member for member in tar}
     entries = []
     with shard.open("rb") as file:
-        for sample, length in zip(task.samples, lengths, strict=True):
+        for sample, length in kept:
             audio, text = (members[f"{sample.utterance.key}.{ending}"] for ending in (task.member, "txt"))
             file.seek(audio.offset_data)
             audio_crc32 = zlib.crc32(file.read(audio.size))

@@ -80,12 +80,13 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
             utterances = config.corpus.utterances(root, display)
         except BadLinesError as error:
             utterances, problems = error.usable, error.problems
+        allowed = int(config.max_unusable_share * (len(utterances) + len(problems)))
         cleaned = _clean(config, utterances, problems)
         outside = cleaned.outside_line(config)
         for line in (_shared_texts(cleaned.texts), None if config.text.unknown == "error" else outside):
             if line:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
-        _refuse_empty_splits(root, cleaned, problems)
+        _refuse_empty_splits(root, cleaned, problems, allowed)
         try:
             vocabulary = _vocabulary(config, cleaned)
         except UserError as error:
@@ -99,10 +100,15 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
             if problems:
                 console.print(f"{len(problems)} lines are unusable; everything that is, is listed at the end")
             problems += _write_all(todo, processes or len(os.sched_getaffinity(0)), display)
-        if problems:
-            cure = "The shards without these are kept: mend this and run the command again."
+        problems += [line for task in tasks if task not in todo for line in _left_out(task)]
+        if len(problems) > allowed:
+            cure = (
+                "The shards without these are kept: mend this and run the command again, or let it leave out such a "
+                "share of the corpus: data.max_unusable_share=0.01, say"
+            )
             counts = outside if config.text.unknown == "error" else None  # else it was printed
             raise UserError("\n".join(filter(None, (_listed(root, problems), counts, cure))))
+        _tell_left_out(root, problems, console)
         for shard in stale:
             _remove(shard)
         if stale:
@@ -238,14 +244,33 @@ def _listed(root: Path, problems: list[str]) -> str:
     return f"{listing(problems)}: all {len(problems)} are in {show(path)}"
 
 
-def _refuse_empty_splits(root: Path, cleaned: Cleaned, problems: list[str]) -> None:
+def _left_out(task: Task) -> list[str]:
+    """What an earlier call left out of a shard that it wrote."""
+    note = read_note(task.note)
+    return [] if note is None else note.left_out
+
+
+def _tell_left_out(root: Path, problems: list[str], console: rich.console.Console) -> None:
+    """Keep what was left out in PATH/left_out.txt, a line each; no such file where nothing was."""
+    path = root / "left_out.txt"
+    if not problems:
+        path.unlink(missing_ok=True)
+        return
+    path.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8", errors="replace")
+    told = (
+        f"warning: {len(problems)} lines are unusable and left out, as data.max_unusable_share allows: see {show(path)}"
+    )
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def _refuse_empty_splits(root: Path, cleaned: Cleaned, problems: list[str], allowed: int) -> None:
     """Every split is needed; where lines are unusable the cause may be these, and they are told first.
 
     Raises:
         UserError: one is empty, and nothing was wrong; or there is nothing to train on.
     """
     empty = [split for split in SPLITS if not cleaned.texts[split]]
-    if empty and not problems:
+    if empty and len(problems) <= allowed:
         counts = ", ".join(f"{split} {len(cleaned.texts[split])}" for split in SPLITS)
         raise UserError(
             f"data.corpus: the split {' and '.join(empty)} would be empty ({counts} utterances); add utterances, or "
@@ -272,6 +297,7 @@ def _plan(config: SpeechDataConfig, cleaned: Cleaned) -> list[Task]:
             tuple(sample(*pair) for pair in cleaned.texts[split][start : start + size]),
             config.rate_hz,
             config.features,
+            lenient=config.max_unusable_share > 0,
         )
         for split in SPLITS
         for number, start in enumerate(range(0, len(cleaned.texts[split]), size))

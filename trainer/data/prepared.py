@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from zlib_ng import zlib_ng
 
 from trainer.config import Config, Free, show
@@ -34,6 +34,9 @@ class SpeechDataConfig(Config):
     sample_rate_hz: PositiveInt = 16000
     """Audio is resampled to this by `prepare`; not used where the features are precomputed."""
     samples_per_shard: PositiveInt = 64
+    max_unusable_share: Free[float] = Field(0.0, ge=0, le=1)
+    """Share of the corpus that `prepare` may leave out as unusable, and then lists in PATH/left_out.txt; with 0 any
+    such line is an error."""
     text: TextConfig = TextConfig()
     features: FeaturesConfig = FeaturesConfig()
     augment: AugmentConfig = AugmentConfig()
