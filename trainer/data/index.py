@@ -8,6 +8,7 @@ Twenty thousand such files are merged once into columns that all processes of a 
 merged file remembers the names, sizes and times of the indexes it was made from, and is made anew when they differ.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -130,7 +131,8 @@ class Index:
         self.num_samples: NDArray[np.uint32] = merged["num_samples"]
         self.label_length: NDArray[np.uint32] = merged["label_length"]
         self.ctc_frames: NDArray[np.uint32] = merged["ctc_frames"]
-        self._numbers = [(name, merged[name], BLOCK if name in _BLOCKS else 1) for name in NUMBERS]
+        self._numbers = [(merged[name], BLOCK if name in _BLOCKS else 1) for name in NUMBERS]
+        self._ends: list[int] = self.shard_end.tolist()
         self.keys: Sequence[str] = Rows(len(self), self._key)
         self.entries: Sequence[Entry] = Rows(len(self), self._entry)
         self.shard: Sequence[int] = Rows(len(self), self._shard)
@@ -144,10 +146,10 @@ class Index:
         return bytes(self._columns["key_bytes"][start : int(ends[row])]).decode()
 
     def _entry(self, row: int) -> Entry:
-        return Entry(key=self._key(row), **{name: int(column[row]) * unit for name, column, unit in self._numbers})
+        return Entry(self._key(row), *[column.item(row) * unit for column, unit in self._numbers])
 
     def _shard(self, row: int) -> int:
-        return int(self.shard_end.searchsorted(row, side="right"))
+        return bisect.bisect_right(self._ends, row)
 
     def row(self, key: str) -> int:
         """Row of a sample.
