@@ -100,10 +100,11 @@ def test_fuzzed_tars_never_pass_off_wrong_for_right(data: Path) -> None:
     assert found["found out"] > 100
 
 
-def test_another_alphabet_than_that_of_the_shards_is_refused(data: Path) -> None:
+def test_an_alphabet_that_lacks_letters_of_the_shards_is_refused(data: Path) -> None:
     made = json.loads((data / "corpus.json").read_text())["alphabet"]
-    assert task(data, f"data.text.alphabet={json.dumps(made)}").build_dataset("train").tokens.identity == made
-    with pytest.raises(UserError, match=r"data.text.alphabet = .*the configuration says 'abc'; say the same, or run"):
+    more = made + "éß"
+    assert task(data, f"data.text.alphabet={json.dumps(more)}").build_dataset("train").tokens.identity == more
+    with pytest.raises(UserError, match=r"data.text.alphabet = 'abc': lacks ' ' .*; add that, or run"):
         task(data, "data.text.alphabet=abc").build_dataset("train")
 
 

@@ -152,7 +152,6 @@ class SpeechDataset:
             "data.features.kind": (config.features.kind, prepared.statistics.kind),
             "data.sample_rate_hz": (config.rate_hz, prepared.sample_rate_hz),
             "data.text.tokens": (label_settings(config.text), prepared.tokens),
-            "data.text.alphabet": (config.text.alphabet or prepared.alphabet, prepared.alphabet),
             "data.features.num_bands": (config.features.num_bands, prepared.statistics.num_bands),
             "data.features.window_ms": (config.features.window_ms, prepared.statistics.window_ms),
             "data.features.hop_ms": (config.features.hop_ms, prepared.statistics.hop_ms),
@@ -163,6 +162,14 @@ class SpeechDataset:
             for name, (now, made) in wanted.items()
             if now != made
         ]
+        text = config.text
+        made, now = (set(a.split() if text.phones else a) for a in (prepared.alphabet, text.alphabet or ""))
+        if text.alphabet is not None and not made <= now:  # more is no harm: a net may know more letters
+            lacking = " ".join(map(repr, sorted(made - now)))
+            lines.append(
+                f"data.text.alphabet = {text.alphabet!r}: lacks {lacking}, which {where} has; add that, or run "
+                f"`./launch.sh {prepared.maker}` again"
+            )
         if lines:
             raise UserError("\n".join(lines))
 
