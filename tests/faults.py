@@ -24,14 +24,13 @@ LOST = RAISE.replace(' and os.environ.get("RANK") == "1"', "").replace(
 HANG = """
 from trainer import place
 number = 0
-class Hanging(place.Reading):
-    def __setattr__(self, name, value):
-        global number
-        super().__setattr__(name, value)
-        number += name == "key" and value != ""
-        if os.environ.get("RANK") == "1" and number > 80 and once():
-            time.sleep(1000)
-place.Reading = Hanging
+def hang(self, name, value):
+    global number
+    object.__setattr__(self, name, value)
+    number += name == "key" and value != ""
+    if os.environ.get("RANK") == "1" and number > 80 and once():
+        time.sleep(1000)
+place.Reading = type("Hanging", (place.Reading,), {"__setattr__": hang})
 """
 """A loader of rank 1 reads one of its samples for ever, the first time: each is looked at twice."""
 

@@ -119,10 +119,13 @@ def test_who_is_late(places: list[tuple[str, int]], late: list[int]) -> None:
 
 def test_what_is_being_read_is_known() -> None:
     def look() -> str:
-        with place.reading("train/00001.tar", "one"):
+        with place.reading() as now:
+            now.shard, now.key = "train/00001.tar", "one"
             return place.being_read()
 
-    with ThreadPoolExecutor(1, "loader") as pool, place.reading("train/00002.tar", "two"):
+    with ThreadPoolExecutor(1, "loader") as pool, place.reading() as here:
+        assert place.being_read() == ""  # nothing yet
+        here.shard, here.key = "train/00002.tar", "two"
         assert pool.submit(look).result() == (
             "MainThread reads sample two of shard train/00002.tar; loader 0 reads sample one of shard train/00001.tar"
         )
