@@ -100,7 +100,8 @@ def prepare(config: SpeechDataConfig, processes: int | None = None) -> Prepared:
             if problems:
                 console.print(f"{len(problems)} lines are unusable; everything that is, is listed at the end")
             problems += _write_all(todo, processes or len(os.sched_getaffinity(0)), display)
-        problems += [line for task in tasks if task not in todo for line in _left_out(task)]
+        written = {task.shard for task in todo}
+        problems += [line for task in tasks if task.shard not in written for line in _left_out(task)]
         if len(problems) > allowed:
             cure = (
                 "The shards without these are kept: mend this and run the command again, or let it leave out such a "
