@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch.nn.utils import parametrize
 
 from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
-from trainer import bench_language, bench_layers, bench_loader, bench_orthogonal, bench_plan, recipe
+from trainer import (
+    bench_language,
+    bench_layers,
+    bench_loader,
+    bench_orthogonal,
+    bench_plan,
+    bench_pseudospectrum,
+    recipe,
+)
 from trainer.__main__ import main
 from trainer.errors import EXIT_USER_MISTAKE, UserError
 from trainer.verbs import bench as bench_verb
@@ -100,6 +109,27 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         kernel_bench.measure(wrong, 0.01, 1e11)
     assert main(["bench", "kernels", "--only=blocks of 17"]) == EXIT_USER_MISTAKE
     assert "no line has 'blocks of 17' in its name, which is one of blocks of 64" in capsys.readouterr().err
+
+
+def test_pseudospectrum(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is that of the grid: one that is half a percent off is said to be."""
+    monkeypatch.setattr(bench_pseudospectrum, "SIZE", 24)
+    monkeypatch.setattr(bench_pseudospectrum, "POINTS", 12)
+    out, arguments = tmp_path / "out.json", ["bench", "pseudospectrum"]
+    assert main([*arguments, f"--json={out}"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["checked"] > 10
+        assert row["error"] <= row["tolerance"]
+        assert row["seconds"] > 0
+    assert "MISSED" not in capsys.readouterr().out
+    exact = bench_pseudospectrum.grid
+    monkeypatch.setattr(
+        bench_pseudospectrum, "grid", lambda *a, **k: replace(g := exact(*a, **k), smallest=1.005 * g.smallest)
+    )
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("5.0e-03") == 6
 
 
 @pytest.mark.parametrize("line", ["diagonal gru, H=1024", "dense gru, H=1024, B=1, bfloat16"])

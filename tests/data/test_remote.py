@@ -22,7 +22,7 @@ from tests.helpers import overrides
 from trainer import recipe
 from trainer.data import remote, transfer
 from trainer.data.index import Index
-from trainer.data.mirror import bundle_name, mirror
+from trainer.data.mirror import _claim, bundle_name, mirror
 from trainer.data.prepared import Prepared
 from trainer.data.remote import STATE, Ahead, Cache, RemoteConfig
 from trainer.data.transfer import Answer, Http, Pipe, Source, TransferError, Version, fetch, open_source
@@ -600,6 +600,36 @@ def test_a_folder_is_the_copy_of_one_corpus(tmp_path: Path, corpus: Path, publis
     (folder / "corpus.json").write_text((folder / "corpus.json").read_text().replace("shard-000003.tar", "../evil.tar"))
     with pytest.raises(UserError, match=r"'train/\.\./evil\.tar': is no name of a shard"):
         mirror(tmp_path / "evil", RemoteConfig(url=url))
+
+
+def test_a_rank_may_come_while_another_makes_the_copy(
+    tmp_path: Path, published: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the first has just opened a file for writing or put one in place, another finds its own copy there."""
+    url, copy, seen = published[0], tmp_path / "copy", set()
+    opened, replaced = Path.open, Path.replace
+
+    def look(path: Path) -> None:
+        if path.is_relative_to(copy):
+            seen.add(path.name)
+            _claim(copy, url)
+
+    def open_and_look(path: Path, *arguments: Any, **options: Any) -> Any:
+        file = opened(path, *arguments, **options)
+        if "w" in file.mode:
+            look(path)
+        return file
+
+    def replace_and_look(path: Path, target: Path) -> Path:
+        result = replaced(path, target)
+        look(result)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_and_look)
+        patch.setattr(Path, "replace", replace_and_look)
+        mirror(copy, RemoteConfig(url=url))
+    assert {"url", "corpus.json"} <= seen
 
 
 def test_a_cache_smaller_than_two_windows_is_refused(tmp_path: Path, published: tuple[str, Path]) -> None:

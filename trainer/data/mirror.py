@@ -119,7 +119,8 @@ def mirror(folder: Path, remote: RemoteConfig) -> None:
     with (state / "mirror.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _claim(folder, remote.url)
-        (state / "url").write_text(public(remote.url), encoding="utf-8")
+        (state / "url.tmp").write_text(public(remote.url), encoding="utf-8")
+        (state / "url.tmp").replace(state / "url")  # in one step: other ranks look at it before they have the lock
         source = open_source(remote.url)
         fresh = state / "corpus.json"
         try:
@@ -240,8 +241,9 @@ def _claim(folder: Path, url: str) -> None:
     """
     name = folder / STATE / "url"
     told = public(url)
-    if not name.is_file():
-        if (folder / "corpus.json").exists() or any((folder / split).exists() for split in ("train", "valid", "test")):
+    holds = any((folder / part).exists() for part in ("corpus.json", "train", "valid", "test"))
+    if not name.is_file():  # asked last: a rank that makes the copy now writes this name before anything else
+        if holds:
             raise UserError(
                 f"data.path = {folder}: holds a corpus of its own; choose another folder for the copy of "
                 f"data.remote.url = {told}, or leave data.remote.url out"

@@ -8,6 +8,7 @@
     ./launch.sh bench plan speech/read_ru        time and memory of index and plan of large synthetic corpora, padding
     ./launch.sh bench memory speech/read_ru_deep resident size of a training pass by depth and batch
     ./launch.sh bench utilization speech/read_ru model FLOPs utilisation of a training step
+    ./launch.sh bench pseudospectrum             seconds and error of 512 units on 200 x 200 points
     ./launch.sh bench batch-size speech/read_ru  the largest safe plan.micro_batch_seconds on this device
 
 The rivals stand in trainer/bench.py, bench_loader.py, bench_orthogonal.py, bench_language.py and bench_layers.py, and
@@ -18,6 +19,7 @@ was done. Close other programs first; the spread (quartiles) tells whether it wa
 
 import argparse
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "utilization",
             "batch-size",
             "scaling",
+            "pseudospectrum",
         ],
     )
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="speech/read_ru")
@@ -75,6 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
         "utilization": _utilization,
         "batch-size": _batch_size,
         "scaling": _scaling,
+        "pseudospectrum": _pseudospectrum,
     }
     run = others.get(arguments.what, _training)
     result = run(arguments)
@@ -364,6 +368,31 @@ def _utilization(arguments: argparse.Namespace) -> dict[str, Any]:
         highlight=False,
     )
     return {"config": arguments.config, **result}
+
+
+def _pseudospectrum(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How long the analysis of a large recurrence takes, and how exact it is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer import bench_pseudospectrum as bench
+
+    rows = bench.measure(bench.SIZE, bench.POINTS, lambda line: print(line, file=sys.stderr, flush=True))
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    table = Table(title=f"{bench.SIZE} units on {bench.POINTS} x {bench.POINTS} points, OMP_NUM_THREADS: {threads}")
+    headings = ("", "tolerance", f"seconds (wanted {bench.SECONDS:g})", "of the processor", "largest relative error")
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(
+            row["matrix"],
+            f"{row['tolerance']:g}, {row['kind']}",
+            f"{row['seconds']:.1f}" + ("  MISSED" if row["seconds"] > bench.SECONDS else ""),
+            f"{row['cpu_seconds']:.1f}",
+            f"{row['error']:.1e} of {row['checked']}" + ("  MISSED" if row["error"] > row["tolerance"] else ""),
+        )
+    Console(width=150 if not sys.stdout.isatty() else None).print(table)
+    return {"size": bench.SIZE, "points": bench.POINTS, "threads": threads, "rows": rows}
 
 
 def _batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
