@@ -217,7 +217,7 @@ def benches() -> Iterator[Bench]:
         for hidden in (256, 512, 1024):
             for batch in (1, 4, 16, 32):
                 few = batch <= 16
-                if cell == "lstm":  # what is wanted is wanted of layers: trainer/bench_layers.py
+                if cell == "lstm":  # what is wanted is wanted of layers: trainer/bench/layers.py
                     yield dense_bench(cell, batch, hidden)
                     continue
                 wanted = {"rnn_tanh": (1.3, 1.3), "gru": (1.3, 1.5)}[cell] if few else (1.1, 1.1)

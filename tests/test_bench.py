@@ -12,18 +12,10 @@ from torch.nn.utils import parametrize
 
 from kernels import bench as kernel_bench
 from tests.helpers import overrides, run_ranks
-from trainer import (
-    bench_language,
-    bench_layers,
-    bench_loader,
-    bench_orthogonal,
-    bench_plan,
-    bench_pseudospectrum,
-    recipe,
-)
+from trainer import recipe
 from trainer.__main__ import main
+from trainer.bench import language, layers, loader, orthogonal, plan, pseudospectrum, tables
 from trainer.errors import EXIT_USER_MISTAKE, UserError
-from trainer.verbs import bench as bench_verb
 
 pytestmark = pytest.mark.distributed
 
@@ -56,7 +48,7 @@ def test_loader(corpus: Path, tmp_path: Path) -> None:
         assert result["rows"][name]["audio_hours_per_second"]["median"] > 0
         assert result["rows"][name]["audio_hours_per_cpu_second"]["median"] > 0
     wanted = {(line["contest"], line["rival"]): line["wanted"] for line in result["ratios"] if line["wanted"]}
-    assert wanted == bench_loader.WANTED
+    assert wanted == loader.WANTED
     assert result["trained_steps"] == 8
     assert len(result["waiting_percent_of_first_steps"]) == 2
     assert 0 < result["waiting_percent"] < 100
@@ -65,7 +57,7 @@ def test_loader(corpus: Path, tmp_path: Path) -> None:
 
 def test_who_delivers_less_is_found_out() -> None:
     with pytest.raises(AssertionError, match=r"webdataset delivers 0\.500 hours, wanted 1\.000"):
-        bench_loader._check({"webdataset": lambda: 1800 * 16000}, {"webdataset": 1.0}, 3600 * 16000)
+        loader._check({"webdataset": lambda: 1800 * 16000}, {"webdataset": 1.0}, 3600 * 16000)
 
 
 @pytest.mark.parametrize("names", [("a.wav", "a.txt"), ("a.flac", "a.json")])
@@ -74,7 +66,7 @@ def test_shards_that_no_rival_reads_are_a_mistake(tmp_path: Path, names: tuple[s
         for name in names:
             tar.addfile(tarfile.TarInfo(name))
     with pytest.raises(UserError, match=r"a\.tar: holds other samples than KEY\.flac with KEY\.txt"):
-        bench_loader.read_clips([tmp_path / "a.tar"], 1.0)
+        loader.read_clips([tmp_path / "a.tar"], 1.0)
 
 
 def test_waiting_is_a_share_of_the_time_of_all_steps() -> None:
@@ -82,7 +74,7 @@ def test_waiting_is_a_share_of_the_time_of_all_steps() -> None:
         {"epoch": epoch, "step_seconds": seconds, "data_wait_percent": percent}
         for epoch, seconds, percent in [(0, 4.0, 50.0), (0, 1.0, 0.0), (1, 5.0, 10.0)]
     ]
-    assert bench_loader.waiting_percent(rows) == pytest.approx(25.0)
+    assert loader.waiting_percent(rows) == pytest.approx(25.0)
 
 
 def test_no_repetition_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,8 +105,8 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pseudospectrum(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is that of the grid: one that is half a percent off is said to be."""
-    monkeypatch.setattr(bench_pseudospectrum, "SIZE", 24)
-    monkeypatch.setattr(bench_pseudospectrum, "POINTS", 12)
+    monkeypatch.setattr(pseudospectrum, "SIZE", 24)
+    monkeypatch.setattr(pseudospectrum, "POINTS", 12)
     out, arguments = tmp_path / "out.json", ["bench", "pseudospectrum"]
     assert main([*arguments, f"--json={out}"]) == 0
     rows = json.loads(out.read_text())["rows"]
@@ -124,9 +116,9 @@ def test_pseudospectrum(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         assert row["error"] <= row["tolerance"]
         assert row["seconds"] > 0
     assert "MISSED" not in capsys.readouterr().out
-    exact = bench_pseudospectrum.grid
+    exact = pseudospectrum.grid
     monkeypatch.setattr(
-        bench_pseudospectrum, "grid", lambda *a, **k: replace(g := exact(*a, **k), smallest=1.005 * g.smallest)
+        pseudospectrum, "grid", lambda *a, **k: replace(g := exact(*a, **k), smallest=1.005 * g.smallest)
     )
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("5.0e-03") == 6
@@ -157,8 +149,8 @@ def test_plan(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     batch is that of the plan."""
     small_things = {"CLIPS": 8, "TEMPLATES": 2, "START_METHOD": "fork"}
     for name, value in small_things.items():
-        monkeypatch.setattr(bench_plan, name, value)
-    monkeypatch.setattr(bench_verb, "LIBRISPEECH_UTTERANCES", 10_000)
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(tables, "LIBRISPEECH_UTTERANCES", 10_000)
     out = tmp_path / "plan.json"
     small = ["--sizes=2000", "--per-shard=100", "--world-size=1", "--repetitions=2", f"--folder={tmp_path}"]
     assert main(["bench", "plan", config, "num_workers=0", *small, f"--json={out}"]) == 0
@@ -174,16 +166,16 @@ def test_plan(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "--sizes many: wanted" in capsys.readouterr().err
 
 
-def orthogonal(ranks: Any, out: Path) -> dict[str, Any]:
+def bench_orthogonal(ranks: Any, out: Path) -> dict[str, Any]:
     small = ["data.delay_steps=20", "model.hidden_size=16"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_orthogonal, "DRIFT_STEPS", 3)
+        patch.setattr(orthogonal, "DRIFT_STEPS", 3)
         assert main(["bench", "orthogonal", "copying/t1000", *small, "--repetitions=1", f"--json={out}"]) == 0
     return json.loads(out.read_text())
 
 
 def test_orthogonal(tmp_path: Path) -> None:
-    (result,) = run_ranks(1, orthogonal, tmp_path / "orthogonal.json")
+    (result,) = run_ranks(1, bench_orthogonal, tmp_path / "orthogonal.json")
     assert [name.split(" ")[0] for name in result["rows"]] == ["forming", "forming", "copying,"]
     for row in result["rows"].values():
         assert row["clock"]["median"] > 0
@@ -194,7 +186,7 @@ def test_orthogonal(tmp_path: Path) -> None:
 def test_the_rival_of_the_orthogonal_net_computes_the_same() -> None:
     """Given the same matrix, the net of torch's parts is the recipe's."""
     ours = recipe.load("copying/t1000", ["model.hidden_size=16"]).build_model()
-    rival = bench_orthogonal.TorchNet(10, 16, 9)
+    rival = orthogonal.TorchNet(10, 16, 9)
     layer = next(ours.rnn.recurrent_layers())
     parametrize.remove_parametrizations(rival.recurrent, "weight")
     with torch.no_grad():
@@ -209,7 +201,7 @@ def test_the_rival_of_the_orthogonal_net_computes_the_same() -> None:
 
 def contest(ranks: Any, out: Path, monkey: dict[str, Any]) -> dict[str, Any]:
     for name, value in monkey.items():
-        setattr(bench_language, name, value)
+        setattr(language, name, value)
     assert main(["bench", "language", "--repetitions=1", "--steps=1", f"--json={out}"]) == 0
     return json.loads(out.read_text())
 
@@ -225,7 +217,7 @@ def test_language(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_layer_computes_what_torch_does_and_is_measured_as_models_run_it(ragged: bool) -> None:
-    line = bench_layers.layer_bench(24, 3, ragged)
+    line = layers.layer_bench(24, 3, ragged)
     kernel_bench._agree(line)
     weights = line.inputs[1:]
     with torch.no_grad():

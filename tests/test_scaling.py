@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from tests.helpers import overrides
-from trainer import bench_scaling
 from trainer.__main__ import main
-from trainer.bench_scaling import Cluster, all_reduce_seconds, efficiency
+from trainer.bench import scaling
+from trainer.bench.scaling import Cluster, all_reduce_seconds, efficiency
 from trainer.models import recurrence
 
 SLOW = Cluster(8, inside=1e9, between=1e8, inside_delay=0.0, between_delay=0.0)
@@ -38,7 +38,7 @@ def test_what_is_hidden_costs_nothing() -> None:
 
 
 def test_runs_are_measured(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_scaling, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(scaling, "WARM_UP_STEPS", 1)
     out = tmp_path / "scaling.json"
     small = overrides(corpus, tmp_path, "plan.micro_batches_per_step=2")
     assert main(["bench", "scaling", "speech/tones", *small, "--repetitions=1", "--steps=1", f"--json={out}"]) == 0
@@ -64,7 +64,7 @@ def test_runs_are_measured(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_operations_are_counted(rnn: str, kind: str, weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two for each recurrent weight, frame and row; what is not recurrent as torch counts it."""
     monkeypatch.setattr(recurrence, "torch_is_faster", lambda *_: kind.startswith("LSTM"))
-    from trainer.bench_utilization import PRODUCTS, count
+    from trainer.bench.utilization import PRODUCTS, count
     from trainer.models.rnn import RNNConfig
 
     config = RNNConfig.model_validate(yaml.safe_load(rnn) | {"hidden_size": 32, "num_layers": 1})
@@ -90,10 +90,10 @@ def test_utilization_is_of_a_step(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_linear_in_the_batch_and_less_where_layers_are_computed_again() -> None:
-    from trainer import bench_memory
+    from trainer.bench import memory
 
     def measure(shapes, again: bool) -> list[float]:
-        found = bench_memory.measure("speech/read_ru_deep", [], lambda line: None, shapes, [again])
+        found = memory.measure("speech/read_ru_deep", [], lambda line: None, shapes, [again])
         return [row["activation_bytes"] / 2**20 for row in found]
 
     small, large = measure([(12, 4), (12, 12)], again=False)
@@ -105,17 +105,17 @@ def test_memory_is_linear_in_the_batch_and_less_where_layers_are_computed_again(
 def test_the_verb_tells_memory_by_depth_and_batch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainer import bench_memory
+    from trainer.bench import memory
 
-    monkeypatch.setattr(bench_memory, "measure", partial(bench_memory.measure, shapes=[(2, 1)], ways=[True]))
+    monkeypatch.setattr(memory, "measure", partial(memory.measure, shapes=[(2, 1)], ways=[True]))
     assert main(["bench", "memory", "speech/read_ru_deep"]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.rstrip(" │").endswith("yes")]
     assert line.replace("│", " ").split()[:2] == ["2", "1"]
 
 
 def test_memory_is_measured_of_speech_alone() -> None:
-    from trainer import bench_memory
+    from trainer.bench import memory
     from trainer.errors import UserError
 
     with pytest.raises(UserError, match="is no acoustic model"):
-        bench_memory.one({"config": "copying/t1000", "overrides": [], "batch": 1, "recompute": False})
+        memory.one({"config": "copying/t1000", "overrides": [], "batch": 1, "recompute": False})

@@ -14,7 +14,7 @@ from trainer.doctor import requirements
 OWNERS = {
     "deepspeed": {"trainer/distributed.py"},
     "wandb": {"trainer/tracking.py"},
-    "webdataset": {"trainer/data/packing.py", "trainer/bench_loader.py", "trainer/bench_plan.py"},
+    "webdataset": {"trainer/data/packing.py", "trainer/bench/loader.py", "trainer/bench/plan.py"},
     "yaml": {"trainer/config.py"},
 }
 VERSIONS_ONLY = {"trainer/doctor.py", "trainer/report.py"}

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from trainer import keyed
-from trainer.bench_plan import disorder, librispeech_plan
+from trainer.bench.plan import disorder, librispeech_plan
 from trainer.data.buckets import PLANS_KEPT, BucketedConfig, BucketedPlan, Lengths, Measures
 from trainer.data.plan import MicroBatch, Step, Steps, mine
 from trainer.errors import UserError

@@ -9,7 +9,7 @@ import torch
 import kernels
 from kernels import reference
 from tests.models.test_models import CELLS, LENGTHS, STRUCTURES, inputs, kind
-from trainer import bench_orthogonal
+from trainer.bench import orthogonal
 from trainer.engine import initialise
 from trainer.models import parametrizations
 from trainer.models.cells import ElmanConfig, GRUConfig, LSTMConfig
@@ -240,7 +240,7 @@ def test_without_d_the_cayley_map_cannot_reach_minus_the_identity() -> None:
 @pytest.mark.parametrize("structure", [DenseConfig(), BlockDiagonalConfig(num_blocks=4)], ids=kind)
 def test_the_cayley_map_stays_orthogonal_while_it_is_trained(structure) -> None:
     """300 steps here, 10,000 in `bench orthogonal`."""
-    far, off = bench_orthogonal.drift(structure, 96, 300)
+    far, off = orthogonal.drift(structure, 96, 300)
     assert far > 0.1
     assert off <= 1e-5
 

@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
     world_size = positive(text, "world_size") or 1
     text, overrides = take(overrides, "utterances")
     if (count := positive(text, "utterances")) is not None:
-        from trainer.bench_plan import stand_in
+        from trainer.bench.plan import stand_in
 
         with stand_in(arguments.config, overrides, count) as more:
             return _print(arguments.config, [*overrides, *more], world_size, f" of {count:,} made-up utterances")

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 import kernels
 from trainer import recipe as recipes
-from trainer.bench import Timing, describe, interleaved
+from trainer.bench.timing import Timing, describe, interleaved
 from trainer.distributed import Ranks
 from trainer.engine import Training
 from trainer.models.parametrizations import CayleyConfig, attach

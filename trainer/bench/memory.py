@@ -1,6 +1,6 @@
 """Memory of a training pass by depth and batch, as resident size of a process of its own.
 
-    python -m trainer.bench_memory '{...}'    one measurement, which `bench memory` starts
+    python -m trainer.bench.memory '{...}'    one measurement, which `bench memory` starts
 
 A pass is the forward and backward one of an acoustic model on random features, CTC and all. What is told apart: the
 gradients, which are as large as the weights whatever the batch, and the rest, activations for the most part.
@@ -52,7 +52,7 @@ def measure(
             own = [*overrides, f"model.rnn.num_layers={layers}"]
             case: dict[str, Any] = {"config": config, "overrides": own, "batch": batch, "recompute": recompute}
             done = subprocess.run(
-                [sys.executable, "-m", "trainer.bench_memory", json.dumps(case)],
+                [sys.executable, "-m", "trainer.bench.memory", json.dumps(case)],
                 capture_output=True,
                 text=True,
                 env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},

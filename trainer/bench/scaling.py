@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.bench import describe
+from trainer.bench.timing import describe
 from trainer.config import show
 from trainer.errors import UserError
 from trainer.launch import PARENT

@@ -1,16 +1,10 @@
-"""Our speed beside what a user would otherwise write, as ratios of one interleaved run.
-
-The loop that the step is compared with stands here in full, so that anyone can see that nothing was left out of it or
-put into it: `bare_step`. The loader's rivals stand in `trainer/bench_loader.py`.
+"""The engine's step beside a bare PyTorch loop, which stands here in full, so that anyone can see that nothing was left
+out of it or put into it: `bare_step`.
 """
 
 import json
-import resource
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +13,12 @@ from torch import nn
 
 from kernels import keep_pages
 from trainer import recipe as recipes
+from trainer.bench.timing import describe, interleaved
 from trainer.data.dataset import Batch
 from trainer.data.plan import Step
 from trainer.distributed import Ranks
 from trainer.engine import Training, initialise
 from trainer.errors import UserError
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one way of doing a thing, a value a repetition."""
-
-    name: str
-    seconds: list[float]
-    cpu_seconds: list[float]
-    """Of this process and of the workers it has waited for."""
-
-    def over(self, other: "Timing") -> list[float]:
-        """Ratios, repetition by repetition: the two stood side by side each time."""
-        return [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
-
-    def cpu_over(self, other: "Timing") -> list[float]:
-        """The same of processor time."""
-        return [a / b for a, b in zip(self.cpu_seconds, other.cpu_seconds, strict=True)]
-
-
-def cpu_seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def interleaved(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, Timing]:
-    """Time each way in turn, A B C A B C ..., after one warm-up of each."""
-    for run in ways.values():
-        run()
-    timings = {name: Timing(name, [], []) for name in ways}
-    for i in range(repetitions):
-        for name in list(ways)[:: 1 if i % 2 else -1]:  # whoever comes first alternates
-            start, cpu_start = time.perf_counter(), cpu_seconds()
-            ways[name]()
-            timings[name].seconds.append(time.perf_counter() - start)
-            timings[name].cpu_seconds.append(cpu_seconds() - cpu_start)
-    return timings
-
-
-def describe(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(values) == 1:
-        return dict.fromkeys(("median", "low", "high"), values[0])
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "low": low, "high": high}
 
 
 def bare_step(
@@ -99,7 +48,7 @@ def bare_step(
     return total
 
 
-def bench_step(config: str, overrides: list[str], ranks: Ranks, repetitions: int, num_steps: int) -> dict[str, Any]:
+def measure(config: str, overrides: list[str], ranks: Ranks, repetitions: int, num_steps: int) -> dict[str, Any]:
     """The engine's step against `bare_step`: same model, same batches, same optimizer, one process.
 
     Args:

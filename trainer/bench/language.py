@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels import keep_pages
 from trainer import keyed
 from trainer import recipe as recipes
-from trainer.bench import describe, interleaved
+from trainer.bench.timing import describe, interleaved
 from trainer.data.dataset import Batch
 from trainer.data.stream import NOTHING
 from trainer.distributed import Ranks

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kernels import keep_pages
 from trainer import recipe as recipes
-from trainer.bench import Timing, describe, interleaved
+from trainer.bench.timing import Timing, describe, interleaved
 from trainer.config import show
 from trainer.data.audio import LOG_FLOOR, LogMel
 from trainer.data.loader import Loader
@@ -278,7 +278,7 @@ def _check(ways: dict[str, Callable[[], object]], hours: dict[str, float], per_h
             raise AssertionError(f"{name} delivers {delivered:.3f} hours, wanted {hours[name]:.3f}")
 
 
-def bench_loader(config: str, overrides: list[str], ranks: Ranks, repetitions: int, hours: float) -> dict[str, Any]:
+def measure(config: str, overrides: list[str], ranks: Ranks, repetitions: int, hours: float) -> dict[str, Any]:
     """Audio-hours a second of the loader and its rivals, and the share of a real run that waits for data.
 
     Args:
