@@ -6,7 +6,7 @@
 
 All are time-major. `kernels.reference` is the definition, `kernels.cpu` (C++) and `kernels.gpu` (Triton) are the fast
 paths. `explain` says which one a call takes, `selftest` proves it on this machine, `pack` keeps packed weights over
-many calls. `kernels.log_mel` holds features of sound, which are no recurrence.
+many calls. `kernels.log_mel` (features of sound) and `kernels.ctc` (the loss of a recogniser) are no recurrences.
 """
 
 from typing import Any

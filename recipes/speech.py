@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kernels.ctc import ctc_loss
 from trainer.config import Free
 from trainer.data import columns
 from trainer.data.audio import AudioError
@@ -185,9 +185,7 @@ def ctc(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
         log_probs: (B, T, V), lengths: (B,)
     """
     lengths = lengths.clamp(min=1)  # a place that is not valid has none, which not every CTC takes
-    nats = F.ctc_loss(
-        log_probs.transpose(0, 1), batch["labels"], lengths, batch["label_lengths"], blank=BLANK, reduction="none"
-    )
+    nats = ctc_loss(log_probs, batch["labels"], lengths, batch["label_lengths"], BLANK)
     return torch.where(batch["valid"], nats, 0.0).sum()
 
 

@@ -21,6 +21,7 @@ from trainer.data.prepare import prepare
 from trainer.data.prepared import SpeechDataConfig
 from trainer.data.speech import SpeechDataset
 from trainer.metrics import Loss, Mean
+from trainer.models.linear import Linear
 from trainer.models.normalization import frame_mask
 from trainer.models.rnn import RNNConfig
 from trainer.recipe import Inputs, Recipe, Row, RunConfig, Split, State, StepOutput, wants_scores
@@ -61,7 +62,7 @@ class Frames(nn.Module):
         super().__init__()
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
         self.rnn = config.build(BINS)
-        self.output = nn.Linear(config.output_size, BINS)
+        self.output = Linear(config.output_size, BINS)
 
     def spectra(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """dB (B, T, 129) and the number of whole frames of each row (B,)."""

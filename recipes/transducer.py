@@ -7,11 +7,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchaudio.functional import rnnt_loss
 
+from kernels.ctc import ctc_loss
 from trainer.data.augment import SpecAugment
 from trainer.data.buckets import BucketedConfig
 from trainer.data.dataset import Batch
@@ -81,7 +81,7 @@ class TransducerRecipe(Recipe[TransducerRunConfig]):
         lengths = lengths.clamp(min=1)  # a place that is not valid has none, which no loss takes
         kinds = (labels.int(), lengths.int(), ends.int())
         nats = rnnt_loss(logits, *kinds, blank=BLANK, reduction="none")
-        paths = F.ctc_loss(log_probs.transpose(0, 1), batch["labels"], lengths, ends, blank=BLANK, reduction="none")
+        paths = ctc_loss(log_probs, batch["labels"], lengths, ends, BLANK)
         count, share = float((ends * batch["valid"]).sum()), self.config.model.ctc
         output = StepOutput(
             {

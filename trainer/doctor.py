@@ -280,16 +280,16 @@ def shared_memory() -> str:
 
 
 def kernel_selftest() -> str:
-    """Every recurrent kernel against its definition; without the C++ build training works, but slowly."""
+    """Every kernel against its definition; without the C++ build training works, but slowly."""
     import torch
 
     import kernels
-    from kernels import log_mel
+    from kernels import ctc, log_mel
 
     weight = torch.empty(0)
     if kernels.unsupported(weight, "lstm") is not None:
         raise Problem(f"the CPU runs {kernels.explain(weight)}")
-    number = sum(kernels.selftest("cpu").values()) + log_mel.selftest()
+    number = sum(kernels.selftest("cpu").values()) + log_mel.selftest() + ctc.selftest()
     said = f"{kernels.explain(weight)}: {number} cases agree with the definition"
     if torch.cuda.is_available():  # not here: every case is compiled first, which takes minutes
         said += """; prove the GPU by: python -c "import kernels; print(kernels.selftest('cuda'))\""""

@@ -16,10 +16,11 @@ CODE = """
 import ctypes, sys
 import torch
 import kernels
-from kernels import cases, cpu, log_mel
+from kernels import cases, cpu, ctc, log_mel
 library = ctypes.CDLL(sys.argv[1])
 cpu._LIBRARY = library
 log_mel._FUNCTION = getattr(library, f"log_mel_{cpu.instruction_set()}")
+ctc._FUNCTION = getattr(library, f"ctc_{cpu.instruction_set()}")
 for case in cases.cases():
     cases.run(case, "cpu", torch.float32, exact=False)
 for cell, gates in kernels.reference.GATES.items():
@@ -27,6 +28,7 @@ for cell, gates in kernels.reference.GATES.items():
     packed = kernels.pack(weight, cell, bfloat16=True)
     kernels.recurrence(torch.rand(4, 5, gates * 57), weight, cell=cell, packed=packed)
 log_mel.selftest()
+ctc.selftest()
 for shape in ((1, 1, 16, 16), (4, 1, 3000, 1), (4, 1, 0, 0)):  # refused, or read where nothing is
     try:
         kernels.pack(torch.ones(shape), "lstm")
@@ -38,6 +40,9 @@ for lengths in ([9, -3, 2], [2**60, 5, -(2**60)]):  # that compiled graphs do no
     weight = torch.rand(1, 2, 16, 16)
     packed = kernels.pack(weight, "rnn_tanh")
     torch.ops.ostinato.recurrence(torch.rand(5, 3, 32), weight, packed, *inputs, False)
+for labels, lengths, counts in (([1, 9, -1], [5, 5], [2, 1]), ([1], [6, -1], [1, 0]), ([1], [5, 5], [2**60, -1])):
+    nats, _ = torch.ops.ostinato.ctc(torch.zeros(2, 5, 4), *map(torch.tensor, (labels, lengths, counts)), 0, True)
+    assert nats.isnan().any()
 """
 
 
@@ -56,7 +61,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     flags = [*build["ALL"], *(build["X86"] | build["PORTABLE"])[isa], f"-DNAME={isa}"]
     library = tmp_path / "sanitized.so"
     flags += ["-O1", "-g1", "-fsanitize=address", "-fPIC", "-shared"]
-    sources = [PROJECT / "kernels/cpu.cpp", PROJECT / "kernels/log_mel.cpp"]
+    sources = [PROJECT / "kernels/cpu.cpp", PROJECT / "kernels/log_mel.cpp", PROJECT / "kernels/ctc.cpp"]
     subprocess.run([compiler, *flags, *sources, "-o", library], check=True)
     # Python keeps memory to its end, which is no leak; looking up the names of functions takes minutes.
     done = subprocess.run(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trainer import keyed
 from trainer.config import Config
 from trainer.models.encoders import Conv2dConfig, SubsamplingConfig
+from trainer.models.linear import Linear
 from trainer.models.normalization import KeyedDropout
 from trainer.models.rnn import RNNConfig
 
@@ -99,10 +100,10 @@ class AcousticModel(nn.Module):
         self.rnn = config.rnn.build(self.subsampling.output_size)
         width = config.rnn.output_size
         self.lookahead = RowConvolution(width, config.lookahead_frames) if config.lookahead_frames else None
-        self.output = nn.Linear(width, num_classes)
+        self.output = Linear(width, num_classes)
         self.middle = (config.rnn.num_layers + 1) // 2 - 1
         size = config.rnn.of_layer(self.middle).output_size
-        self.middle_output = nn.Linear(size, num_classes) if config.intermediate_ctc else None
+        self.middle_output = Linear(size, num_classes) if config.intermediate_ctc else None
 
     def forward(
         self, audio: Tensor, lengths: Tensor, noise_keys: Tensor | None = None, valid: Tensor | None = None

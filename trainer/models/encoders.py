@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.models.linear import Linear
 from trainer.models.normalization import NormKind, build_norm, frame_mask
 
 
@@ -106,7 +107,7 @@ class Subsampling(nn.Module):
             self.norms.append(build_norm(config.norm, channels * bands))
             self.widths.append(channels * bands)
         self.output_size = config.projection or channels * bands
-        self.projection = nn.Linear(channels * bands, config.projection) if config.projection else nn.Identity()
+        self.projection = Linear(channels * bands, config.projection) if config.projection else nn.Identity()
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         x = x * frame_mask(lengths, x.shape[1])[..., None]

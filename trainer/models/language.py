@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trainer import keyed
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.models.linear import Linear
 from trainer.models.recurrence import State
 from trainer.models.regularizers.dropout import drop
 from trainer.models.rnn import RNNConfig
@@ -104,7 +105,7 @@ class LanguageModel(nn.Module):
         width = config.rnn.output_size
         self.projection: nn.Module | None = None
         if config.tied and width != config.embedding_size:
-            self.projection = nn.Linear(width, config.embedding_size, bias=False)
+            self.projection = Linear(width, config.embedding_size, bias=False)
             width = config.embedding_size
         self.output = config.softmax.build(num_tokens, width, self.embedding.weight if config.tied else None)
 

@@ -56,6 +56,15 @@ class _ThinOutput(torch.autograd.Function):
         return dx, grad.flatten(0, 1).T @ x.flatten(0, 1), grad.sum((0, 1))
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, by whichever of torch's libraries is faster on this processor: `kernels.products`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not products.takes(x, self.weight):
+            return super().forward(x)
+        return products.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+
+
 def reverse_rows(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Turn each row of (T, B, D) round inside its own length; what is past it stays where it is."""
     if lengths is None:

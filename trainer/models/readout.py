@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from trainer.models.linear import linear
+from trainer.models.linear import Linear, linear
 from trainer.models.rnn import RNNConfig
 
 
-class Output(nn.Linear):
+class Output(Linear):
     """The linear map, fast where its result is thin. A module of its own: ZeRO 3 gathers weights by module."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.config import Config
 from trainer.models.acoustic import AcousticConfig, AcousticModel
 from trainer.models.cells import LSTMConfig
+from trainer.models.linear import Linear
 from trainer.models.recurrence import State
 from trainer.models.rnn import RNNConfig
 
@@ -72,9 +73,9 @@ class Transducer(nn.Module):
         self.config, self.encoder = config, encoder
         self.embedding = nn.Embedding(num_classes, config.embedding_size)
         self.predictor = config.predictor.build(config.embedding_size)
-        self.of_sound = nn.Linear(config.encoder.rnn.output_size, config.joint_size)
-        self.of_labels = nn.Linear(config.predictor.output_size, config.joint_size)
-        self.output = nn.Linear(config.joint_size, num_classes)
+        self.of_sound = Linear(config.encoder.rnn.output_size, config.joint_size)
+        self.of_labels = Linear(config.predictor.output_size, config.joint_size)
+        self.output = Linear(config.joint_size, num_classes)
 
     def forward(
         self,
