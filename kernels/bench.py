@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import cpu, products, reference
+from kernels import cpu, ctc, products, reference
 from kernels.ops import pack, recurrence
 from kernels.reference import GATES, hash24
 
@@ -45,6 +45,7 @@ class Bench:
         numbers: elements that a copy would move, where bytes are the limit.
         wanted: at least this ratio or share, forward and forward + backward, by the rival's name, "floor" or "copy".
         tolerance: relative L2 to the definition; more than rounding where weights are rounded to bfloat16.
+        rivals_tolerance: relative L2 of rivals to ours.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Bench:
     numbers: int = 0
     wanted: dict[str, tuple[float, float | None]] = field(default_factory=dict)
     tolerance: float = TOLERANCE
+    rivals_tolerance: float = RIVALS_TOLERANCE
 
     def ours(self) -> Tensor:
         return self.function(*self.inputs)
@@ -195,6 +197,25 @@ def dense_bench(cell: str, batch: int, hidden: int, bfloat16: bool = False, **wa
     )
 
 
+def ctc_bench(batch: int, frames: int, classes: int, count: int) -> Bench:
+    """The loss of a recogniser against torch's, the log-softmax on both sides; rows of `count` labels."""
+    scores = torch.randn(batch, frames, classes).requires_grad_()
+    labels = torch.randint(1, classes, (batch * count,))
+    rest = labels, torch.full((batch,), frames), torch.full((batch,), count)
+
+    def loss(run: Function) -> Function:
+        return lambda scores: run(scores.log_softmax(-1), *rest)
+
+    return Bench(
+        f"ctc, {batch} rows of {frames} frames and {count} labels of {classes}",
+        loss(ctc.ctc_loss),
+        loss(ctc.reference),
+        [scores],
+        {"torch": (lambda: loss(ctc.reference)(scores), [scores], True)},
+        rivals_tolerance=1e-3,  # torch adds logarithms of hundreds in float32
+    )
+
+
 def benches() -> Iterator[Bench]:
     """The table, in order."""
     yield block_bench(100, 16, 64, loop=(4, 3), dense=(20, 20), floor=(0.55, 0.50))
@@ -224,6 +245,8 @@ def benches() -> Iterator[Bench]:
                 yield dense_bench(cell, batch, hidden, torch=wanted)
     for cell in ("rnn_tanh", "gru"):  # one row: bound by reading the weights
         yield dense_bench(cell, 1, 1024, bfloat16=True)
+    yield ctc_bench(4, 230, 36, 80)  # letters, as the default recipe has them
+    yield ctc_bench(16, 250, 1000, 40)  # subwords
 
 
 def _closure(cell: str, u: Tensor, weight: Tensor) -> Outputs:
@@ -254,8 +277,8 @@ def _agree(bench: Bench) -> None:
         if equal:
             theirs = rival()
             (gradient,) = torch.autograd.grad(theirs, inputs[:1], weights)
-            compare(f"the output of {name}", theirs.detach(), ours.detach(), RIVALS_TOLERANCE)
-            compare(f"the gradient of {name}", gradient, gradients[0], RIVALS_TOLERANCE)
+            compare(f"the output of {name}", theirs.detach(), ours.detach(), bench.rivals_tolerance)
+            compare(f"the gradient of {name}", gradient, gradients[0], bench.rivals_tolerance)
 
 
 def _forward(function: Outputs) -> Callable[[], object]:
