@@ -431,6 +431,8 @@ def test_lint_ends_with_its_own_code_and_a_table(tmp_path: Path, capsys: pytest.
     assert "cannot be read: No such file or directory" in [row["detail"] for row in rows]
     assert f"{len(rows)} findings" in shown
     assert main(["shards", "lint", str(tmp_path / "nowhere")]) == 2
+    assert main(["shards", "lint", "https://example.org/shards"]) == 2
+    assert "https://example.org/shards: is a URL, and shards are read where they lie" in capsys.readouterr().err
 
 
 def test_lint_holds_an_index_against_its_shard(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("preview", "a page with players"),
     ):
         added[name] = command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", metavar="PATH", type=Path, help="a tar, or a folder of them")
+        command.add_argument("path", metavar="PATH", help="a tar, or a folder of them")
         command.add_argument(
             "settings", metavar="CONFIG key=value", nargs="*", help="as for train, e.g. data.text.lowercase=false"
         )
@@ -42,7 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    from trainer.errors import UserError
+
     refuse_unwritable(arguments, "json", "picture", "page")
+    if "://" in arguments.path:
+        raise UserError(
+            f"{arguments.path}: is a URL, and shards are read where they lie: run this there, or copy them here; "
+            "training reads them by data.remote.url"
+        )
+    arguments.path = Path(arguments.path)
     recipe, any_rate = _recipe(arguments.settings)
     return {"index": _index, "lint": _lint, "stats": _stats, "preview": _preview}[arguments.what](
         arguments, recipe, any_rate
