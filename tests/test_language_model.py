@@ -254,6 +254,36 @@ def test_another_vocabulary_of_the_same_size_is_refused(tmp_path: Path, capsys: 
         Scorer.load(run)
 
 
+@pytest.mark.distributed
+def test_a_refused_start_leaves_a_finished_run_as_it_is(text: Path, tmp_path: Path) -> None:
+    arguments = tiny(text, tmp_path, "max_steps=1")
+    run = run_ranks(1, fit, arguments, CONFIG)[0]["run"]
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(RuntimeError, match="holds no prepared text"):
+        run_ranks(1, fit, [*arguments, f"data.path={tmp_path}/nowhere"], CONFIG)
+    assert (run / "config.yaml").read_bytes() == before
+    assert main(["evaluate", str(run)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("train.npy", b""), ("train.npy", b"no array"), ("vocabulary", b"[]"), ("vocabulary", b"\xff")],
+)
+def test_a_damaged_text_is_to_be_prepared_again(tmp_path: Path, name: str, content: bytes) -> None:
+    for split, lines in TEXTS.items():
+        (tmp_path / f"{split}.txt").write_text(lines)
+    arguments = tiny(tmp_path, tmp_path / "runs", "data.tokens={kind: words}")
+    recipe.load(CONFIG, arguments).prepare()
+    (tmp_path / "made" / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read .*; delete corpus\.json beside it and run"):
+        recipe.load(CONFIG, arguments).build_dataset("train")
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path), "prompt=the\udcff"]) == 2
+    assert "prompt = 'the\\udcff': is not UTF-8" in capsys.readouterr().err
+
+
 def test_a_run_of_another_recipe_is_no_scorer(tmp_path: Path) -> None:
     sizes = ["data.delay_steps=4", "data.num_train=8", "data.num_valid=4", "model.hidden_size=6"]
     run_ranks(1, fit, [*sizes, "tracking.wandb=disabled", f"runs_dir={tmp_path}", "max_steps=1"], "copying/t1000")

@@ -125,7 +125,9 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(
 def test_a_start_that_was_refused_holds_nobody_to_its_settings(tmp_path: Path, left: str) -> None:
     first, second = (recipe.load("copying/t1000", [f"model.hidden_size={size}"]).config for size in (8, 9))
     RunDirectory(tmp_path / "run").claim(first)
+    RunDirectory(tmp_path / "run").save_config(first)
     RunDirectory(tmp_path / "run").claim(second)
+    RunDirectory(tmp_path / "run").save_config(second)
     assert RunDirectory(tmp_path / "run").saved_config()["model"]["hidden_size"] == 9
     (tmp_path / "run" / left).parent.mkdir(exist_ok=True)
     (tmp_path / "run" / left).touch()

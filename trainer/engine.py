@@ -79,6 +79,7 @@ class Training:
         self.validation = Evaluator(recipe, "valid", ranks)
         self.data = {"train": self.dataset.identity, "valid": self.validation.dataset.identity}
         self._compare_data()
+        distributed.on_first(lambda: self.run.save_config(config))
         self.rounds = math.ceil(self.dataset.plan.micro_batches_per_step / ranks.world_size)
         board.at(START)  # a piece of work each
         model = recipe.build_model()
@@ -229,6 +230,13 @@ class Training:
         where = self.position
         if where.step:
             self.tracker.say(f"resumed at step {where.step} (epoch {where.epoch + 1}) of {where.total_steps}")
+            config, end = self.config, where.total_steps
+            more = where.epoch < config.max_epochs and (config.max_steps is None or config.max_steps > where.step)
+            if more and where.step >= end and config.schedule.kind == "cosine":
+                self.tracker.say(
+                    f"the schedule that the run began with ended at step {end}: what follows has its last learning "
+                    f"rate, {config.schedule.final:g} of optimizer.lr; for a new schedule start a run with init_from"
+                )
         for split, dataset, known in self._splits():
             if rejections := dataset.plan.rejections:
                 self.tracker.say(f"{split}: left out of {len(dataset)} samples: {left_out(rejections)}")

@@ -103,6 +103,9 @@ class RunDirectory:
                     + f"\nthis would be another run than the one in {show(self.path)}: put the values back to resume, "
                     f"or start a new one with name=OTHER (and init_from={show(self.path)} to take its weights)"
                 )
+
+    def save_config(self, config: configuration.Config) -> None:
+        """Keep what the run goes by from now on: once its data are there, so that a refused start changes nothing."""
         temporary = self.config.with_suffix(".tmp")
         temporary.write_text(configuration.dump_yaml(configuration.plain(config)), encoding="utf-8")
         temporary.replace(self.config)

@@ -226,6 +226,15 @@ def test_a_bad_clip_counts_nothing_and_is_named(joints: ActionsConfig, tmp_path:
     assert [(f.key, f.reason, f.detail) for f in faults] == [("0", "NaN or infinite values", "train-0")]
     assert sum(int((~batch["valid"]).sum()) for batch in batches) == 1
     assert all(batch["inputs"].isfinite().all() for batch in batches)
+    assert {batch["inputs"].dtype for batch in batches} == {torch.float32}
+    values["frames"][:] = np.nan
+    np.savez(tmp_path / "train.npz", **values)
+    actions._clips.cache_clear()
+    spoiled = ActionsDataset(joints, "train", PLAN, 0)
+    assert spoiled.identity != train.identity, "any number of any clip is part of what the data are"
+    batch = spoiled.load(spoiled.plan.epoch(0)[0].micro_batches[0])
+    assert not batch["valid"].any()
+    assert batch["inputs"].dtype == torch.float32, "as where some can be read"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +242,7 @@ def test_a_bad_clip_counts_nothing_and_is_named(joints: ActionsConfig, tmp_path:
     [
         ({"lengths": np.array([1, 2])}, "lengths"),
         ({"labels": np.full(24, 3)}, "labels from 3 to 3 of 3 classes"),
+        ({"labels": np.full(24, 1.5)}, "labels of float64, not whole numbers"),
         (None, "there is no such file; put it there, or set data.corpus.path"),
         (b"PK nothing", "is no archive of motions"),
     ],

@@ -159,6 +159,14 @@ def test_one_text_is_cut_into_three(tmp_path: Path) -> None:
     texts = config(tmp_path, corpus={"kind": "files", "train": path}).corpus.read(tmp_path, quiet)
     assert [len(texts[split]) for split in SPLITS] == [900, 50, 50]
     assert texts["test"] == "z" * 49 + "\n"
+    lines = "".join(f"line {i} with some words\n" for i in range(70))
+    path.write_text("\ufeff" + lines, encoding="utf-8")  # with the mark that some editors write
+    texts = config(tmp_path, corpus={"kind": "files", "train": path}).corpus.read(tmp_path, quiet)
+    assert "".join(texts[split] for split in SPLITS) == lines
+    assert all(texts[split].endswith("words\n") for split in SPLITS), "no line is cut"
+    path.write_text("some words " * 300)
+    texts = config(tmp_path, corpus={"kind": "files", "train": path}).corpus.read(tmp_path, quiet)
+    assert {word for split in SPLITS for word in texts[split].split()} == {"some", "words"}, "no word is cut"
 
 
 # R's serialisation, written by hand: what its manual says the bytes are

@@ -433,6 +433,12 @@ def test_lint_ends_with_its_own_code_and_a_table(tmp_path: Path, capsys: pytest.
     assert main(["shards", "lint", str(tmp_path / "nowhere")]) == 2
     assert main(["shards", "lint", "https://example.org/shards"]) == 2
     assert "https://example.org/shards: is a URL, and shards are read where they lie" in capsys.readouterr().err
+    write_tar(tmp_path / "films" / "a.tar", sample(1))
+    (tmp_path / "films" / "corpus.json").write_text('{"classes": ["run"], "shape": [3]}')
+    assert main(["shards", "lint", str(tmp_path / "films")]) == 2
+    shown = capsys.readouterr().err
+    assert "corpus.json: is not what `prepare` writes for sound" in shown
+    assert len(shown.splitlines()) == 1, shown
 
 
 def test_lint_holds_an_index_against_its_shard(tmp_path: Path) -> None:

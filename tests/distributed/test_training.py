@@ -590,6 +590,14 @@ def test_odd_samples_are_told_and_used(corpus: Path, tmp_path: Path) -> None:
     assert key in keys_in(result["run"])
 
 
+def test_steps_past_the_end_of_a_schedule_are_announced(corpus: Path, tmp_path: Path) -> None:
+    arguments = overrides(corpus, tmp_path, "name=run", "schedule={kind: cosine, final: 0.1}")
+    run_ranks(1, fit, [*arguments, "max_steps=2"])
+    wanted = "the schedule that the run began with ended at step 2: what follows has its last learning rate, 0.1 of"
+    said = [run_ranks(1, fit_and_listen, [*arguments, f"max_steps={steps}"])[0]["said"] for steps in (2, 3)]
+    assert [any(wanted in text for text in texts) for texts in said] == [False, True]
+
+
 def test_collectives_raise_alike() -> None:
     assert run_ranks(2, on_first_fails) == ["UserError: no", "UserError: no"]
 

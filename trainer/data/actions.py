@@ -24,6 +24,8 @@ from trainer.data.videos import VideosConfig
 from trainer.errors import UserError
 
 CorpusConfig = WatchConfig | JointsConfig | NTUConfig | VideosConfig
+PICTURE = 3
+"""Axes of a frame that is a picture: (height, width, colours), in bytes."""
 SHOWN = 8
 """Pictures of a strip."""
 
@@ -110,6 +112,13 @@ class ActionsDataset(GeneratedDataset):
             segments = [config.augment(at(frames, config.sampling.drawn(len(frames), key)), key)]
         return [derived(s, config.inputs) for s in segments] if frames.ndim == 3 else segments
 
+    def _type(self, segments: list[NDArray[Any]]) -> np.dtype[Any]:
+        """Of the numbers in a batch; where no clip of it can be read, that of those that can."""
+        found = np.result_type(*segments)
+        if np.issubdtype(found, np.bool_):
+            return np.dtype(np.uint8 if len(self.shape) == PICTURE else np.float32)
+        return found
+
     def load(self, micro_batch: MicroBatch) -> Batch:
         """The samples of a micro-batch; a clip that cannot be read is zeros, invalid, and named in `faults`."""
         segments: list[NDArray[Any]] = []
@@ -119,13 +128,13 @@ class ActionsDataset(GeneratedDataset):
                 found = self.sample(number, micro_batch.epoch)
                 valid.append(True)
             except ClipError as error:
-                found = [np.zeros((1, *self.shape), dtype=np.uint8)] * self.segments
+                found = [np.zeros((1, *self.shape), dtype=bool)] * self.segments  # changes no other's type
                 valid.append(False)
                 faults.append(Fault(str(number), error.reason, f"{self.clips.names[number]} {error.detail}".strip()))
             segments += found
             checksums.append(zlib.crc32(b"".join(segment.tobytes() for segment in found)))
         lengths = torch.tensor([len(segment) for segment in segments])
-        inputs = np.zeros((len(segments), int(lengths.max()), *self.shape), dtype=np.result_type(*segments))
+        inputs = np.zeros((len(segments), int(lengths.max()), *self.shape), dtype=self._type(segments))
         for row, segment in zip(inputs, segments, strict=True):
             row[: len(segment)] = segment
         keys = [str(number) for number in micro_batch.samples]

@@ -173,7 +173,7 @@ class Prepared:
         path = self.folder / "vocabulary"
         try:
             return self.config.tokens.load(path.read_bytes())
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"{show(path)}: cannot be read ({error}); delete corpus.json beside it and run `./launch.sh prepare`"
             ) from error
@@ -183,7 +183,7 @@ class Prepared:
         path = self.folder / f"{split}.npy"
         try:
             found: NDArray[np.integer] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"{show(path)}: cannot be read ({error}); delete corpus.json beside it and run `./launch.sh prepare`"
             ) from error

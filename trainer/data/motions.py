@@ -72,7 +72,8 @@ class Motions:
         ends = np.cumsum(self.lengths)
         frames, digest = self.frames, 0
         starts = (ends - self.lengths)[chosen]
-        for values in (self.lengths[chosen], self.labels[chosen], *(frames[s : s + 1] for s in starts)):
+        clips = (frames[s:e] for s, e in zip(starts, ends[chosen], strict=True))
+        for values in (self.lengths[chosen], self.labels[chosen], *clips):
             digest = zlib.crc32(np.ascontiguousarray(values).tobytes(), digest)
 
         def read(number: int) -> NDArray[np.float32]:
@@ -164,6 +165,8 @@ def read_npz(path: Path) -> Motions:
         with np.load(path, allow_pickle=False) as archive:
             given = {name: archive[name] for name in archive.files}
         frames, lengths, labels = given["frames"], given["lengths"], given["labels"]
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels of {labels.dtype}, not whole numbers")
         classes = given.get("label_names", np.arange(labels.max(initial=-1) + 1)).astype(str)
         names = given.get("names", np.array([f"{path.stem}-{i}" for i in range(len(lengths))])).astype(str)
         if frames.ndim == 2:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from zlib_ng import zlib_ng
 
 from trainer.config import Config, Free, show
@@ -141,6 +141,13 @@ class Prepared(BaseModel):
             )
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+            raise UserError(
+                f"{show(path)}: is not what `prepare` writes for sound ({what}); name a corpus of sound, or "
+                "prepare it anew"
+            ) from error
         except ValueError as error:
             raise UserError(f"{show(path)}: is not what `prepare` writes ({error}); prepare the corpus anew") from error
 

@@ -187,7 +187,7 @@ class PlainConfig(Config):
         if others:
             valid, test = others
             return {"train": text, "valid": valid, "test": test}
-        a, b = round(len(text) * (1 - sum(self.shares))), round(len(text) * (1 - self.shares[1]))
+        a, b = (_end_of_line(text, round(len(text) * share)) for share in (1 - sum(self.shares), 1 - self.shares[1]))
         return {"train": text[:a], "valid": text[a:b], "test": text[b:]}
 
 
@@ -203,10 +203,18 @@ def _place(path: Path | None) -> Path:
     return path
 
 
+def _end_of_line(text: str, place: int) -> int:
+    """Where the line ends that a place lies in, or, where that is the last one, the word."""
+    for mark in "\n ":
+        if 0 < (end := text.find(mark, max(0, place - 1)) + 1) < len(text):
+            return end
+    return place
+
+
 def _text(path: Path) -> str:
     """A file as one text."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors put a mark before the text
     except OSError as error:
         raise UserError(f"{show(path)}: cannot be read: {error.strerror}; name another file in data.corpus") from error
     except UnicodeDecodeError as error:

@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    from trainer.errors import UserError
+
     given = {}
     for name in ("count", "seed", "length", "temperature", "prompt"):
         given[name], arguments.overrides = take(arguments.overrides, name)
@@ -31,10 +33,12 @@ def main(arguments: argparse.Namespace) -> int:
     seed = int(number(given["seed"], "seed", 0.0, whole=True))
     temperature = number(given["temperature"], "temperature", 1.0)
     if 0 < temperature < COLDEST:
-        from trainer.errors import UserError
-
         raise UserError(f"the command line: temperature = {temperature:g}: wanted 0, or {COLDEST:g} at least")
     length = positive(given["length"], "length")
+    try:
+        (given["prompt"] or "").encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the command line: prompt = {given['prompt']!r}: is not UTF-8; write it as UTF-8") from error
     run, recipe, _ = open_run(arguments, own=("count", "seed", "length", "temperature", "prompt"))
 
     import torch
