@@ -141,13 +141,14 @@ def test_an_interrupted_sweep_goes_on_and_loses_nothing(whole: Path, tmp_path: P
 
 def test_a_run_that_fails_is_told_and_the_others_are_done(tmp_path: Path) -> None:
     grid = {"model.parametrization.kind": ["cayley"], "init_from": [None, "nowhere"]}
-    path = write(tmp_path, grid=grid, seeds=[0], overrides=[*TINY, "num_workers=1"])  # runs with loaders
+    path = write(tmp_path, grid=grid, seeds=[0, 1], overrides=[*TINY, "num_workers=1"])  # runs with loaders
     process = command(path)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_USER_MISTAKE, output
-    assert "1 runs failed" in output
-    assert "nowhere" in output
-    assert len(finished(tmp_path)) == 1
+    assert "2 runs failed" in output
+    assert " and 1 more: " in output
+    assert output.count("nowhere: ") == 2, "once when it happens, and once at the end"
+    assert len(finished(tmp_path)) == 2
     assert (tmp_path / "runs/tiny/table.md").is_file()
 
 

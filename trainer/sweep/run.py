@@ -46,7 +46,8 @@ def run(sweep: SweepConfig, name: str, say: Callable[[str], None]) -> list[dict[
     folder.mkdir(parents=True, exist_ok=True)
     done = {point.name: row for point in every if (row := result_of(sweep, name, point)) is not None}
     todo = [point for point in every if point.name not in done]
-    failures: list[str] = []
+    failures: dict[str, list[str]] = {}
+    """Names of runs by what went wrong: many may fail for one reason, which is then told once."""
     workers = Workers(min(sweep.workers or default_workers(), max(1, len(todo))), folder)
     try:
         with StopSignals() as signals:
@@ -58,8 +59,10 @@ def run(sweep: SweepConfig, name: str, say: Callable[[str], None]) -> list[dict[
                     done[point.name] = answer
                     say(f"[{len(done)}/{len(every)}] {point.name}: {answer['monitor']} {best(answer):.4g}")
                 elif how != "stopped":
-                    failures.append(f"{point.name}: {answer.strip().splitlines()[-1]}")
-                    say(f"[{len(done)}/{len(every)}] {failures[-1]}")
+                    names = failures.setdefault(answer.strip().splitlines()[-1], [])
+                    names.append(point.name)
+                    if len(names) == 1:
+                        say(f"[{len(done)}/{len(every)}] {point.name}: {answer.strip().splitlines()[-1]}")
             if signals.received is not None:
                 raise RequeueError
     finally:
@@ -69,10 +72,12 @@ def run(sweep: SweepConfig, name: str, say: Callable[[str], None]) -> list[dict[
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(folder / "results.jsonl")
     if failures:
-        shown = "\n".join(failures[:10])
-        raise UserError(
-            f"{len(failures)} runs failed; see {show(folder)}/worker-*.log; the same command tries again\n{shown}"
+        shown = "\n".join(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
+            for text, names in list(failures.items())[:10]
         )
+        count = sum(map(len, failures.values()))
+        raise UserError(f"{count} runs failed; see {show(folder)}/worker-*.log; the same command tries again\n{shown}")
     return rows
 
 
