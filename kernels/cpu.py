@@ -70,6 +70,14 @@ def instruction_set() -> str:
     return order[min(order.index(wanted), order.index(best))]
 
 
+def function(name: str) -> tuple[Any, str | None]:
+    """A function of the library as this processor runs it, or why there is none."""
+    if MISSING is not None:
+        return None, MISSING
+    found = getattr(_LIBRARY, f"{name}_{instruction_set()}", None)
+    return found, None if found else "the C++ kernels are older than their source; install the project again"
+
+
 @lru_cache(maxsize=1)
 def openmp() -> str | None:
     """Path of the GNU OpenMP that torch has loaded; None: it uses another or none, and kernels run on one thread."""

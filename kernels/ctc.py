@@ -140,14 +140,6 @@ class _Call(ctypes.Structure):
     ]
 
 
-def _load() -> tuple[Any, str | None]:
-    """The function for this processor, or why there is none."""
-    if cpu.MISSING is not None:
-        return None, cpu.MISSING
-    function = getattr(cpu._LIBRARY, f"ctc_{cpu.instruction_set()}", None)
-    return function, None if function else "the C++ kernels are older than their source; install the project again"
-
-
 def _on_cpu(
     log_probs: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor, blank: int, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
@@ -184,4 +176,4 @@ def _(
 
 
 torch.library.register_autograd("ostinato::ctc", _differentiate, setup_context=_remember, lib=_LIBRARY)
-_FUNCTION, MISSING = _load()
+_FUNCTION, MISSING = cpu.function("ctc")

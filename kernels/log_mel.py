@@ -183,14 +183,6 @@ class _Call(ctypes.Structure):
     ]
 
 
-def _load() -> tuple[Any, str | None]:
-    """The function for this processor, or why there is none."""
-    if cpu.MISSING is not None:
-        return None, cpu.MISSING
-    function = getattr(cpu._LIBRARY, f"log_mel_{cpu.instruction_set()}", None)
-    return function, None if function else "the C++ kernels are older than their source; install the project again"
-
-
 def _empty(waveform: Tensor, window: Tensor, mel: Tensor, hop: int) -> Tensor:
     frames = 1 + (waveform.shape[-1] - len(window)) // hop
     return waveform.new_empty(*waveform.shape[:-1], frames, mel.shape[1])
@@ -237,4 +229,4 @@ def _(waveform: Tensor, window: Tensor, mel: Tensor, hop: int, floor: float) -> 
 
 
 torch.library.register_autograd("ostinato::log_mel", _differentiate, setup_context=_remember, lib=_LIBRARY)
-_FUNCTION, MISSING = _load()
+_FUNCTION, MISSING = cpu.function("log_mel")
