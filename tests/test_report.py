@@ -23,6 +23,7 @@ def make_run(folder: Path, corpus: Path, finished: bool) -> tuple[RunDirectory, 
     task = recipe.load("speech/tones", overrides(corpus, folder, "name=run"))
     run = RunDirectory(folder / "run")
     run.claim(task.config)
+    run.save_config(task.config)
     if finished:
         keys = task.build_dataset("test").index.keys
         append(
