@@ -164,6 +164,9 @@ def test_one_text_is_cut_into_three(tmp_path: Path) -> None:
     texts = config(tmp_path, corpus={"kind": "files", "train": path}).corpus.read(tmp_path, quiet)
     assert "".join(texts[split] for split in SPLITS) == lines
     assert all(texts[split].endswith("words\n") for split in SPLITS), "no line is cut"
+    path.write_text("a line\n" + "some words " * 300 + "\nthe end\n")  # both places lie in one line
+    texts = config(tmp_path, corpus={"kind": "files", "train": path}).corpus.read(tmp_path, quiet)
+    assert len(texts["valid"]) > 100
     path.write_text("some words " * 300)
     texts = config(tmp_path, corpus={"kind": "files", "train": path}).corpus.read(tmp_path, quiet)
     assert {word for split in SPLITS for word in texts[split].split()} == {"some", "words"}, "no word is cut"

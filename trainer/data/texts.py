@@ -187,7 +187,7 @@ class PlainConfig(Config):
         if others:
             valid, test = others
             return {"train": text, "valid": valid, "test": test}
-        a, b = (_end_of_line(text, round(len(text) * share)) for share in (1 - sum(self.shares), 1 - self.shares[1]))
+        a, b = _cuts(text, *(round(len(text) * share) for share in (1 - sum(self.shares), 1 - self.shares[1])))
         return {"train": text[:a], "valid": text[a:b], "test": text[b:]}
 
 
@@ -203,12 +203,13 @@ def _place(path: Path | None) -> Path:
     return path
 
 
-def _end_of_line(text: str, place: int) -> int:
-    """Where the line ends that a place lies in, or, where that is the last one, the word."""
+def _cuts(text: str, *places: int) -> list[int]:
+    """Ends of the lines that the places lie in, or, where these do not part the text, of the words."""
     for mark in "\n ":
-        if 0 < (end := text.find(mark, max(0, place - 1)) + 1) < len(text):
-            return end
-    return place
+        ends = [text.find(mark, max(0, place - 1)) + 1 for place in places]
+        if 0 < ends[0] < ends[1] < len(text):
+            return ends
+    return list(places)
 
 
 def _text(path: Path) -> str:
