@@ -44,7 +44,7 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "kernels._cpu",
-                ["kernels/cpu.cpp", "kernels/log_mel.cpp", "kernels/ctc.cpp"],
+                ["kernels/cpu.cpp", "kernels/log_mel.cpp", "kernels/ctc.cpp", "kernels/moments.cpp"],
                 depends=sorted(map(str, Path("kernels").glob("*.h"))),
                 language="c++",
                 optional=True,

@@ -6,7 +6,8 @@
 
 All are time-major. `kernels.reference` is the definition, `kernels.cpu` (C++) and `kernels.gpu` (Triton) are the fast
 paths. `explain` says which one a call takes, `selftest` proves it on this machine, `pack` keeps packed weights over
-many calls. `kernels.log_mel` (features of sound) and `kernels.ctc` (the loss of a recogniser) are no recurrences.
+many calls. `kernels.moments` is a recurrence of means and variances; `kernels.log_mel` (features of sound) and
+`kernels.ctc` (the loss of a recogniser) are none.
 """
 
 from typing import Any

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import cpu, ctc, products, reference
+from kernels import cpu, ctc, moments, products, reference
 from kernels.ops import pack, recurrence
 from kernels.reference import GATES, hash24
 
@@ -216,6 +216,29 @@ def ctc_bench(batch: int, frames: int, classes: int, count: int) -> Bench:
     )
 
 
+def moments_bench(steps: int, batch: int, size: int) -> Bench:
+    """Means and variances through a tanh net against the loop in plain PyTorch."""
+    inputs = [
+        torch.randn(steps, batch, size).requires_grad_(),
+        torch.rand(steps, batch, size).requires_grad_(),
+        (torch.randn(size, size) / size**0.5).requires_grad_(),
+        torch.zeros(batch, size),
+        torch.zeros(batch, size),
+    ]
+
+    def run(function: Callable[..., moments.Moments]) -> Function:
+        return lambda *given: torch.cat(function(*given, 0.5))
+
+    return Bench(
+        f"moments, H={size}, B={batch}, T={steps}",
+        run(moments.moments),
+        run(moments.reference),
+        inputs,
+        {"loop": (lambda: run(moments.reference)(*inputs), inputs[:3], True)},
+        flops=2.0 * 2 * steps * batch * size * size,
+    )
+
+
 def benches() -> Iterator[Bench]:
     """The table, in order."""
     yield block_bench(100, 16, 64, loop=(4, 3), dense=(20, 20), floor=(0.55, 0.50))
@@ -247,6 +270,7 @@ def benches() -> Iterator[Bench]:
         yield dense_bench(cell, 1, 1024, bfloat16=True)
     yield ctc_bench(4, 230, 36, 80)  # letters, as the default recipe has them
     yield ctc_bench(16, 250, 1000, 40)  # subwords
+    yield moments_bench(60, 16, 200)  # chorales with fast dropout
 
 
 def _closure(cell: str, u: Tensor, weight: Tensor) -> Outputs:

@@ -68,11 +68,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dx = linear(grad, weight.T) if needs_x else None
-        dw = _outer(grad, x) if needs_weight else None
+        dw = outer(grad, x) if needs_weight else None
         return dx, dw, grad.sum(0) if needs_bias else None
 
 
-def _outer(grad: Tensor, x: Tensor) -> Tensor:
+def outer(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x, for grad (N, V) and x (N, D).
 
     oneDNN wants the rows of the first factor in one piece and takes the second as it lies. So what is copied is either

@@ -20,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from kernels.moments import sigmoid_mean
 from trainer import keyed
 from trainer.data.dataset import Batch, Media
 from trainer.data.generated import GeneratedConfig
@@ -95,7 +96,7 @@ class PianoRoll(nn.Module):
         moments = fast_dropout.affine(y, self.rnn.variance, self.output.weight, self.output.bias)
         fast = self.rnn.config.regularizers.fast_dropout
         exactly = fast is not None and fast.moments == "quadrature"
-        mean = fast_dropout.sigmoid_mean_by_quadrature if exactly else fast_dropout.sigmoid_mean
+        mean = fast_dropout.sigmoid_mean_by_quadrature if exactly else sigmoid_mean
         return mean(*moments).float()
 
 

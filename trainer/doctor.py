@@ -284,12 +284,13 @@ def kernel_selftest() -> str:
     import torch
 
     import kernels
-    from kernels import ctc, log_mel
+    from kernels import ctc, log_mel, moments
 
     weight = torch.empty(0)
     if kernels.unsupported(weight, "lstm") is not None:
         raise Problem(f"the CPU runs {kernels.explain(weight)}")
-    number = sum(kernels.selftest("cpu").values()) + log_mel.selftest() + ctc.selftest()
+    others = (log_mel, ctc, moments)
+    number = sum(kernels.selftest("cpu").values()) + sum(module.selftest() for module in others)
     said = f"{kernels.explain(weight)}: {number} cases agree with the definition"
     if torch.cuda.is_available():  # not here: every case is compiled first, which takes minutes
         said += """; prove the GPU by: python -c "import kernels; print(kernels.selftest('cuda'))\""""

@@ -16,19 +16,20 @@ CODE = """
 import ctypes, sys
 import torch
 import kernels
-from kernels import cases, cpu, ctc, log_mel
+from kernels import cases, cpu, ctc, log_mel, moments
 library = ctypes.CDLL(sys.argv[1])
 cpu._LIBRARY = library
-log_mel._FUNCTION = getattr(library, f"log_mel_{cpu.instruction_set()}")
-ctc._FUNCTION = getattr(library, f"ctc_{cpu.instruction_set()}")
+for module in (ctc, log_mel, moments):
+    name = module.__name__.split(".")[-1]
+    module._FUNCTION = getattr(library, f"{name}_{cpu.instruction_set()}")
 for case in cases.cases():
     cases.run(case, "cpu", torch.float32, exact=False)
 for cell, gates in kernels.reference.GATES.items():
     weight = torch.rand(gates, 3, 19, 19) / 19
     packed = kernels.pack(weight, cell, bfloat16=True)
     kernels.recurrence(torch.rand(4, 5, gates * 57), weight, cell=cell, packed=packed)
-log_mel.selftest()
-ctc.selftest()
+for module in (ctc, log_mel, moments):
+    module.selftest()
 for shape in ((1, 1, 16, 16), (4, 1, 3000, 1), (4, 1, 0, 0)):  # refused, or read where nothing is
     try:
         kernels.pack(torch.ones(shape), "lstm")
@@ -61,7 +62,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     flags = [*build["ALL"], *(build["X86"] | build["PORTABLE"])[isa], f"-DNAME={isa}"]
     library = tmp_path / "sanitized.so"
     flags += ["-O1", "-g1", "-fsanitize=address", "-fPIC", "-shared"]
-    sources = [PROJECT / "kernels/cpu.cpp", PROJECT / "kernels/log_mel.cpp", PROJECT / "kernels/ctc.cpp"]
+    sources = sorted((PROJECT / "kernels").glob("*.cpp"))
     subprocess.run([compiler, *flags, *sources, "-o", library], check=True)
     # Python keeps memory to its end, which is no leak; looking up the names of functions takes minutes.
     done = subprocess.run(

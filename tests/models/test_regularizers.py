@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from kernels import moments as recurrent_moments
 from kernels import reference
 from kernels.say import say_once
 from tests.helpers import fit, run_ranks
@@ -420,13 +421,18 @@ GRID = torch.meshgrid(
 
 
 @pytest.mark.parametrize(
-    ("name", "function", "mean_error", "variance_error"),
-    [("sigmoid", torch.sigmoid, 0.009, 0.0275), ("tanh", torch.tanh, 0.032, 0.13), ("relu", torch.relu, 1e-5, 1e-5)],
+    ("closed", "function", "mean_error", "variance_error"),
+    [
+        (recurrent_moments.sigmoid, torch.sigmoid, 0.009, 0.0275),
+        (recurrent_moments.tanh, torch.tanh, 0.032, 0.13),
+        (fast_dropout.relu, torch.relu, 1e-5, 1e-5),
+    ],
+    ids=["sigmoid", "tanh", "relu"],
 )
 def test_closed_moments_are_as_good_as_they_are(
-    name: str, function: Any, mean_error: float, variance_error: float
+    closed: Any, function: Any, mean_error: float, variance_error: float
 ) -> None:
-    (mean, variance), (m, v) = getattr(fast_dropout, name)(*GRID), exact(function, *GRID)
+    (mean, variance), (m, v) = closed(*GRID), exact(function, *GRID)
     assert (mean - m).abs().max() <= mean_error
     assert (variance - v).abs().max() <= variance_error
     assert variance.min() >= 0
@@ -447,7 +453,7 @@ def test_dropout_and_affine_moments_are_those_of_samples() -> None:
     weight, bias = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)
     x = m + v.sqrt() * torch.randn(100_000, 6, generator=generator)
     kept = x * (torch.rand(100_000, 6, generator=generator) >= 0.3)
-    mean, variance = fast_dropout.dropout(m, v, 0.3)
+    mean, variance = recurrent_moments.dropout(m, v, 0.3)
     scale = float(variance.sqrt().mean())
     torch.testing.assert_close(kept.mean(0), mean, rtol=0.01, atol=0.01 * scale)
     torch.testing.assert_close(kept.var(0), variance, rtol=0.02, atol=0)
@@ -484,11 +490,17 @@ def test_a_fast_dropout_net_is_the_mean_of_sampled_ones(moments: str, structure:
     assert not got[1, LENGTHS[1] :].any()
 
 
-def test_the_log_says_that_fast_dropout_has_a_loop_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    say_once.cache_clear()
-    with caplog.at_level("INFO", "kernels"):
-        forward(stack(FAST, ElmanConfig()))
-    assert "fast_dropout: a loop of its own" in caplog.text
+def test_the_log_says_where_fast_dropout_is_a_loop(caplog: pytest.LogCaptureFixture) -> None:
+    for cell, said in ((ElmanConfig(), not kernel_takes_fast_dropout()), (ElmanConfig(activation="relu"), True)):
+        say_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level("INFO", "kernels"):
+            forward(stack(FAST, cell))
+        assert ("fast_dropout: the reference loop" in caplog.text) == said
+
+
+def kernel_takes_fast_dropout() -> bool:
+    return recurrent_moments.explain(torch.zeros(1)).startswith("C++")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from kernels.say import say_once
+from kernels.moments import dropout
 from trainer.config import Config
 from trainer.models.cells import GATES, CellConfig, LSTMConfig
 from trainer.models.initialization import (
@@ -202,7 +202,7 @@ class RNN(nn.Module):
         frames = None if mask is None else mask.T
         # From here on x lies in memory as (T, B, D), whichever way it is looked at.
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        for i, (norm, layer, dropout, state) in enumerate(stack):
+        for i, (norm, layer, drop, state) in enumerate(stack):
             inputs = norm(x.transpose(0, 1), frames)
             if not i:
                 inputs = self.regularizer.input(inputs.transpose(0, 1), noise_keys).transpose(0, 1).contiguous()
@@ -214,7 +214,7 @@ class RNN(nn.Module):
             y = y.transpose(0, 1)  # (B, T, H)
             if all_layers:
                 hidden.append(y)
-            clean, y = y, self.regularizer.output(i, dropout(y, noise_keys), noise_keys)
+            clean, y = y, self.regularizer.output(i, drop(y, noise_keys), noise_keys)
             self.regularizer.watch(i, clean, y, lengths)
             y = self.scales[i](y)
             x = x + y if self.config.residual and x.shape == y.shape else y
@@ -225,15 +225,14 @@ class RNN(nn.Module):
         """Means and variances instead of samples; the mean is returned, and for each layer."""
         fast = self.config.regularizers.fast_dropout
         assert fast is not None
-        say_once("fast_dropout: a loop of its own (plain PyTorch, slow), since no kernel knows moments")
         mean = self.regularizer.input(x, noise_keys).transpose(0, 1)
-        mean, variance = moments.dropout(mean, torch.zeros_like(mean), fast.input)
+        mean, variance = dropout(mean, torch.zeros_like(mean), fast.input)
         hidden = []
         for i, layer in enumerate(self.layers):
             mean, variance = layer(mean, variance)
             hidden.append(mean.transpose(0, 1))
             rate = fast.hidden if i < len(self.layers) - 1 else fast.output
-            mean, variance = moments.dropout(mean, variance, rate)
+            mean, variance = dropout(mean, variance, rate)
             self.regularizer.watch(i, hidden[-1], mean.transpose(0, 1), lengths)
         y, self.variance = mean.transpose(0, 1), variance.transpose(0, 1)
         if lengths is not None:

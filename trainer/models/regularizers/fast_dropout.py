@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels import moments as kernels
+from kernels.moments import Moments, tanh
+from kernels.say import say_once
 from trainer.config import Config
 from trainer.models.block import Block
 from trainer.models.regularizers.dropout import Rate
 
-Moments = tuple[Tensor, Tensor]
-"""Mean and variance, of one shape."""
 SMALLEST = 1e-8
 """Variance that a learnt one does not fall below."""
 POINTS = 64
@@ -41,20 +42,9 @@ class FastDropoutConfig(Config):
     slower."""
 
 
-def dropout(mean: Tensor, variance: Tensor, rate: float) -> Moments:
-    """x z with z Bernoulli(q), q = 1 - rate, not divided by q: (q m, q (1 - q) m^2 + q v)."""
-    q = 1 - rate
-    return q * mean, q * (1 - q) * mean.square() + q * variance
-
-
 def affine(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor | None = None) -> Moments:
     """x W^T + b of independent x: (m W^T + b, v (W o W)^T)."""
     return nn.functional.linear(mean, weight, bias), nn.functional.linear(variance, weight.square())
-
-
-def sigmoid_mean(mean: Tensor, variance: Tensor) -> Tensor:
-    """The number whose sigmoid is the expected sigmoid: m / sqrt(1 + pi v / 8) (MacKay 1992)."""
-    return mean * torch.rsqrt(1 + math.pi / 8 * variance)
 
 
 def sigmoid_mean_by_quadrature(mean: Tensor, variance: Tensor) -> Tensor:
@@ -63,20 +53,6 @@ def sigmoid_mean_by_quadrature(mean: Tensor, variance: Tensor) -> Tensor:
     values = mean[..., None] + (variance + SMALLEST).sqrt()[..., None] * x
     on, off = ((nn.functional.logsigmoid(sign * values) + w.log()).logsumexp(-1) for sign in (1, -1))
     return on - off
-
-
-def sigmoid(mean: Tensor, variance: Tensor) -> Moments:
-    """s(x): E = s(m / sqrt(1 + pi v / 8)); E s^2 by s(x)^2 ~ s(a (x - b)), a = 4 - 2 sqrt 2, b = -ln(sqrt 2 - 1)."""
-    a, b = 4 - 2 * math.sqrt(2), -math.log(math.sqrt(2) - 1)
-    expected = torch.sigmoid(sigmoid_mean(mean, variance))
-    square = torch.sigmoid(sigmoid_mean(a * (mean - b), a * a * variance))
-    return expected, (square - expected.square()).clamp_min(0.0)
-
-
-def tanh(mean: Tensor, variance: Tensor) -> Moments:
-    """tanh x = 2 s(2 x) - 1."""
-    expected, spread = sigmoid(2 * mean, 4 * variance)
-    return 2 * expected - 1, 4 * spread
 
 
 def relu(mean: Tensor, variance: Tensor) -> Moments:
@@ -130,17 +106,15 @@ class MomentLayer(Block, nn.ModuleList):
         elif weight_hh.ndim == 4:
             weight_hh = torch.block_diag(*weight_hh[0])
         u_mean, u_variance = affine(mean, variance, weight_ih, way.bias_ih + way.bias_hh)  # type: ignore[operator]
-        squared = weight_hh.square()
         shape = u_mean.shape[1:]
-        m = self.start_mean.expand(shape)
-        v = (self.start_sd.square() + SMALLEST).expand(shape)
-        states = []
-        for um, uv in zip(u_mean.unbind(0), u_variance.unbind(0), strict=True):
-            m, v = dropout(m, v, self.config.hidden)
-            m, v = self.activation(um + m @ weight_hh.T, uv + v @ squared.T)
-            states.append((m, v))
-        means, variances = zip(*states, strict=True)
-        return torch.stack(means), torch.stack(variances)
+        m0, v0 = self.start_mean.expand(shape), (self.start_sd.square() + SMALLEST).expand(shape)
+        rate = self.config.hidden
+        if way.cell.name == "rnn_tanh" and self.config.moments == "closed":  # type: ignore[union-attr]
+            return kernels.moments(u_mean, u_variance, weight_hh, m0, v0, rate)
+        say_once(
+            "fast_dropout: the reference loop (plain PyTorch, slow); the kernel knows closed moments of tanh alone"
+        )
+        return kernels.reference(u_mean, u_variance, weight_hh, m0, v0, rate, self.activation)
 
     def activation(self, mean: Tensor, variance: Tensor) -> Moments:
         """Moments of the cell's function."""
