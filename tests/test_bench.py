@@ -124,7 +124,9 @@ def test_pseudospectrum(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert capsys.readouterr().out.count("5.0e-03") == 6
 
 
-@pytest.mark.parametrize("line", ["diagonal gru, H=1024", "dense gru, H=1024, B=1, bfloat16", "ctc, 16 rows"])
+@pytest.mark.parametrize(
+    "line", ["diagonal gru, H=1024", "dense gru, H=1024, B=1, bfloat16", "ctc, 16 rows", "moments"]
+)
 def test_every_kind_of_line_agrees_with_its_definition(line: str) -> None:
     (found,) = [b for b in kernel_bench.benches() if b.name.startswith(line)]
     kernel_bench._agree(found)
