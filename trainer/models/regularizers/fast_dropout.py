@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import moments as kernels
+from kernels import products
 from kernels.moments import Moments, tanh
 from kernels.say import say_once
 from trainer.config import Config
@@ -44,7 +45,10 @@ class FastDropoutConfig(Config):
 
 def affine(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor | None = None) -> Moments:
     """x W^T + b of independent x: (m W^T + b, v (W o W)^T)."""
-    return nn.functional.linear(mean, weight, bias), nn.functional.linear(variance, weight.square())
+    means, variances = (x.reshape(-1, x.shape[-1]) for x in (mean, variance))
+    of_mean, of_variance = products.linear(means, weight, bias), products.linear(variances, weight.square())
+    shape = *mean.shape[:-1], len(weight)
+    return of_mean.view(shape), of_variance.view(shape)
 
 
 def sigmoid_mean_by_quadrature(mean: Tensor, variance: Tensor) -> Tensor:
