@@ -328,10 +328,20 @@ def test_each_monitor_has_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_reproduce_is_the_sweep_of_its_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.verbs.sweep.sweep", lambda path, workers: print(path.name, workers) or 0)
-    assert main(["reproduce", "many", "--workers", "3"]) == 0
-    assert capsys.readouterr().out == "many.yaml 3\n"
+    monkeypatch.setattr("trainer.verbs.sweep.sweep", lambda path, overrides: print(path.name, overrides) or 0)
+    assert main(["reproduce", "many", "workers=3"]) == 0
+    assert capsys.readouterr().out == "many.yaml ['workers=3']\n"
     assert main(["reproduce", "memorie"]) == EXIT_USER_MISTAKE
     assert "known tables: many, memory" in capsys.readouterr().err
-    assert main(["reproduce", "memory", "--workers", "0"]) == EXIT_USER_MISTAKE
-    assert "--workers 0: wanted 1 or more" in capsys.readouterr().err
+
+
+def test_the_command_line_sets_keys_of_the_file_and_of_every_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    said = load(path, ["seeds=[7]", "optimizer.clip_norm=2", "workers=3"])
+    assert (said.seeds, said.workers) == ((7,), 3)
+    assert said.overrides == (*load(path).overrides, "optimizer.clip_norm=2")
+    for wrong, wanted in (("workers=0", "workers"), ("seed=1", "seed: is set by the sweep"), ("fast", "key=value")):
+        assert main(["sweep", str(path), wrong]) == EXIT_USER_MISTAKE
+        assert wanted in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What a sweep's file says."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from trainer import config as configuration
 from trainer import keyed
-from trainer.config import PROJECT, Config
+from trainer.config import PROJECT, Config, Source
 
 OWN_KEYS = ("seed", "name", "runs_dir")
 """Keys of a run that the sweep sets itself."""
@@ -107,10 +108,20 @@ class SweepConfig(Config):
         return self
 
 
-def load(path: Path) -> SweepConfig:
+def load(path: Path, arguments: Sequence[str] = ()) -> SweepConfig:
     """A sweep's file.
+
+    Args:
+        arguments: key=value, of the file where it knows the key, and else for every run.
 
     Raises:
         UserError: anything wrong with it.
     """
-    return configuration.validate(SweepConfig, configuration.gather(path, []))
+    own = [text for text in arguments if text.partition("=")[0].split(".")[0] in SweepConfig.model_fields]
+    source = configuration.gather(path, own)
+    sweep = configuration.validate(SweepConfig, source)
+    if rest := [text for text in arguments if text not in own]:
+        configuration.override(Source(), rest)  # refuses what is no key=value
+        source.set("overrides", [*sweep.overrides, *rest], "the command line")
+        sweep = configuration.validate(SweepConfig, source)
+    return sweep

@@ -2,6 +2,7 @@
 
     ./launch.sh reproduce memory
     ./launch.sh reproduce robustness
+    ./launch.sh reproduce music config=music/jsb data.corpus.path=FOLDER
 
 It is the sweep of configs/sweeps/TABLE.yaml, whose variants name what papers report: it goes on where it was stopped.
 """
@@ -11,7 +12,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TABLE", help="a file under configs/sweeps/, without its ending")
-    parser.add_argument("--workers", type=int, help="processes at a time (default: what the file says, or one a core)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="a key of that file, or else of every run")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -23,6 +24,4 @@ def main(arguments: argparse.Namespace) -> int:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if arguments.table not in known:
         raise UserError(f"{arguments.table}: there is no such table; known tables: {', '.join(known)}")
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: wanted 1 or more")
-    return sweep(folder / f"{arguments.table}.yaml", arguments.workers)
+    return sweep(folder / f"{arguments.table}.yaml", arguments.overrides)

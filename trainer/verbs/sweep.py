@@ -1,6 +1,7 @@
 """Runs a grid or a random search over any keys and seeds; goes on where it was stopped or killed.
 
     ./launch.sh sweep configs/sweeps/memory.yaml
+    ./launch.sh sweep configs/sweeps/memory.yaml seeds=[0] workers=1 optimizer.lr=3e-4
 
 FILE names a CONFIG and what varies:
 
@@ -20,6 +21,7 @@ Exit codes as in train.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 WIDEST = 9
@@ -28,18 +30,14 @@ WIDEST = 9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="a YAML file")
-    parser.add_argument("--workers", type=int, help="processes at a time (default: what the file says, or one a core)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="a key of FILE, or else of every run")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from trainer.errors import UserError
-
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: wanted 1 or more")
-    return sweep(arguments.file, arguments.workers)
+    return sweep(arguments.file, arguments.overrides)
 
 
-def sweep(path: Path, workers: int | None = None) -> int:
+def sweep(path: Path, overrides: Sequence[str]) -> int:
     """Run a sweep's file, and show and write what came of it."""
     from rich.console import Console
     from rich.table import Table
@@ -54,9 +52,7 @@ def sweep(path: Path, workers: int | None = None) -> int:
     from trainer.sweep.run import run
     from trainer.sweep.table import curves, markdown, table
 
-    config = load(path)
-    if workers is not None:
-        config = config.model_copy(update={"workers": workers})
+    config = load(path, overrides)
     name, console = path.stem, Console()
     failed: UserError | None = None
     try:
