@@ -78,6 +78,20 @@ def function(name: str) -> tuple[Any, str | None]:
     return found, None if found else "the C++ kernels are older than their source; install the project again"
 
 
+def explain(x: Tensor, otherwise: str, missing: str | None) -> str:
+    """Which path a call takes that has a kernel for float32 on a CPU alone, and why.
+
+    Args:
+        otherwise: what computes the same where the kernel cannot.
+        missing: why there is none, see `function`.
+    """
+    if x.device.type != "cpu":
+        return f"{otherwise}: there is no kernel for {x.device.type}"
+    if x.dtype != torch.float32:
+        return f"{otherwise}: {x.dtype} is not torch.float32"
+    return f"C++ ({instruction_set()})" if missing is None else f"{otherwise}: {missing}"
+
+
 @lru_cache(maxsize=1)
 def openmp() -> str | None:
     """Path of the GNU OpenMP that torch has loaded; None: it uses another or none, and kernels run on one thread."""

@@ -68,13 +68,7 @@ def ctc_loss(log_probs: Tensor, labels: Tensor, lengths: Tensor, label_lengths: 
 
 def explain(log_probs: Tensor) -> str:
     """Which path a batch takes, and why."""
-    if log_probs.device.type != "cpu":
-        return f"torch's ctc_loss: there is no kernel for {log_probs.device.type}"
-    if log_probs.dtype != torch.float32:
-        return f"torch's ctc_loss: {log_probs.dtype} is not torch.float32"
-    if MISSING is not None:
-        return f"torch's ctc_loss: {MISSING}"
-    return f"C++ ({cpu.instruction_set()})"
+    return cpu.explain(log_probs, "torch's ctc_loss", MISSING)
 
 
 def selftest() -> int:

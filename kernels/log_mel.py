@@ -120,13 +120,7 @@ class NormalisedLogMel:
 
 def explain(waveform: Tensor) -> str:
     """Which path a waveform takes, and why."""
-    if waveform.device.type != "cpu":
-        return f"plain PyTorch: there is no kernel for {waveform.device.type}"
-    if waveform.dtype != torch.float32:
-        return f"plain PyTorch: {waveform.dtype} is not torch.float32"
-    if MISSING is not None:
-        return f"plain PyTorch: {MISSING}"
-    return f"C++ ({cpu.instruction_set()})"
+    return cpu.explain(waveform, "plain PyTorch", MISSING)
 
 
 def selftest() -> int:

@@ -108,13 +108,7 @@ def moments(um: Tensor, uv: Tensor, weight: Tensor, m0: Tensor, v0: Tensor, rate
 
 def explain(um: Tensor) -> str:
     """Which path a call takes, and why."""
-    if um.device.type != "cpu":
-        return f"the reference loop (plain PyTorch, slow): there is no kernel for {um.device.type}"
-    if um.dtype != torch.float32:
-        return f"the reference loop (plain PyTorch, slow): {um.dtype} is not torch.float32"
-    if MISSING is not None:
-        return f"the reference loop (plain PyTorch, slow): {MISSING}"
-    return f"C++ ({cpu.instruction_set()})"
+    return cpu.explain(um, "the reference loop (plain PyTorch, slow)", MISSING)
 
 
 def selftest() -> int:

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels import moments as kernels
 from kernels import products
-from kernels.moments import Moments, tanh
+from kernels.moments import Moments, moments, reference, tanh
 from kernels.say import say_once
 from trainer.config import Config
 from trainer.models.block import Block
@@ -114,11 +113,11 @@ class MomentLayer(Block, nn.ModuleList):
         m0, v0 = self.start_mean.expand(shape), (self.start_sd.square() + SMALLEST).expand(shape)
         rate = self.config.hidden
         if way.cell.name == "rnn_tanh" and self.config.moments == "closed":  # type: ignore[union-attr]
-            return kernels.moments(u_mean, u_variance, weight_hh, m0, v0, rate)
+            return moments(u_mean, u_variance, weight_hh, m0, v0, rate)
         say_once(
             "fast_dropout: the reference loop (plain PyTorch, slow); the kernel knows closed moments of tanh alone"
         )
-        return kernels.reference(u_mean, u_variance, weight_hh, m0, v0, rate, self.activation)
+        return reference(u_mean, u_variance, weight_hh, m0, v0, rate, self.activation)
 
     def activation(self, mean: Tensor, variance: Tensor) -> Moments:
         """Moments of the cell's function."""
