@@ -10,12 +10,11 @@ Sources: Boulanger-Lewandowski, Bengio & Vincent 2012, arXiv:1206.6392 (task); O
 
 import io
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -100,6 +99,26 @@ class PianoRoll(nn.Module):
         return mean(*moments).float()
 
 
+class KeyNats(torch.autograd.Function):
+    """Cross-entropy of each frame, summed over the keys: `torch.nn.functional.binary_cross_entropy_with_logits` without
+    log1p, which on a CPU takes ten times as long as log and was a fifth of a step.
+
+    Shape:
+        logits, targets: (B, T, 88) -> (B, T), in nats
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        # max(x, 0) - x y + log(1 + exp(-|x|)), whose last term is -log(sigmoid(|x|)) and never that of a small number.
+        return (logits.relu() - logits * targets - logits.abs().sigmoid_().log_()).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        return (logits.sigmoid() - targets) * grad[..., None], None
+
+
 class Music(Recipe[MusicRunConfig]):
     """Frames from frames; the best checkpoint is that of the fewest nats a frame."""
 
@@ -144,7 +163,8 @@ class Music(Recipe[MusicRunConfig]):
         targets, lengths = batch["targets"], batch["lengths"] * batch["valid"]
         logits = model(batch["inputs"], lengths, batch["noise_keys"])  # (B, T, 88)
         mask = frame_mask(lengths, targets.shape[1])
-        nats = (F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1) * mask).sum(1)  # (B,)
+        frames: Tensor = KeyNats.apply(logits, targets)
+        nats = (frames * mask).sum(1)  # (B,)
         count = float(lengths.sum())
         output = StepOutput({"nll": Loss(nats.sum(), count, "frames")})
         if wants_scores(model):

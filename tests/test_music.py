@@ -63,6 +63,21 @@ def arguments(folder: Path, *more: str) -> list[str]:
 # What is read
 
 
+def test_nats_are_the_binary_cross_entropy() -> None:
+    """Of any logit, values and gradients; logits of a net with no weights, 0, too."""
+    logits = torch.cat([torch.zeros(1), torch.randn(200) * 5, torch.tensor([100.0, -100.0, 30.0, -30.0])])
+    logits = logits.expand(2, 3, -1).clone().requires_grad_()
+    targets = torch.rand(logits.shape).round()
+    exact = logits.detach().double().requires_grad_()
+    per_key = nn.functional.binary_cross_entropy_with_logits(exact, targets.double(), reduction="none")
+    weights = torch.rand(2, 3)
+    nats = music.KeyNats.apply(logits, targets)
+    torch.testing.assert_close(nats.double(), per_key.sum(-1), rtol=1e-6, atol=1e-5)
+    (nats * weights).sum().backward()
+    (per_key.sum(-1) * weights).sum().backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-6, atol=1e-6)
+
+
 def test_a_roll_survives_a_midi_file(tmp_path: Path) -> None:
     roll = np.zeros((9, scores.KEYS), dtype=np.uint8)
     roll[[0, 1, 2, 5, 8], 40] = 1

@@ -339,6 +339,8 @@ class Trained:
             optimizer=self.optimizer,
             config=deepspeed_config(zero, optimizer, precision, rounds, whole),
         )
+        if not self.stage and dist.get_world_size() == 1:
+            self.model.enable_backward_allreduce = False  # with itself: it copies all gradients into one, and back
         self._gathered = deepspeed.zero.GatheredParameters
         self._partition = BY_STAGE[zero.stage](self.optimizer, self._wrapper)
         self.model.torch_autocast_z0_gradscaler = self._wrapper.torch_autocast_gradscaler = None  # see LossScale

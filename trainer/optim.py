@@ -118,7 +118,10 @@ class Guarded(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.guards:
-            moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            moved = [p for group in self.param_groups for p in group["params"]]
+            for p in moved:
+                if p.grad is None:  # as DeepSpeed does where it averages over ranks, so that one process does the same
+                    p.grad = torch.zeros_like(p)
             grads = [p.grad for p in moved]
             if self.scale != 1:
                 torch._foreach_div_(grads, self.scale)

@@ -16,6 +16,8 @@ def recurrent_term(matrix: Tensor, h: Tensor) -> Tensor:
     """
     if matrix.ndim == 2:
         return (matrix * h[..., None, :]).flatten(-2)
+    if matrix.shape[1] == 1:
+        return products.linear(h.flatten(0, 1), matrix.flatten(0, 2)).unflatten(0, h.shape[:2])
     blocks = h.unflatten(-1, (matrix.shape[1], -1))
     return torch.einsum("gkpq,tbkq->tbgkp", matrix, blocks).flatten(2)
 
