@@ -1,8 +1,5 @@
 """The fast CTC loss is torch's, gradients too, and a well-formed operator."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,7 +8,7 @@ from torch import Tensor
 
 from kernels import ctc as module
 from kernels.ctc import ctc_loss, explain, reference
-from trainer.config import PROJECT
+from tests.kernels.builds import LESSER, run_in
 
 needs_kernel = pytest.mark.skipif(module.MISSING is not None, reason=f"no C++ kernels: {module.MISSING}")
 
@@ -131,8 +128,6 @@ def test_what_is_past_a_row_is_not_looked_at() -> None:
 
 CHECK = """
 from tests.kernels.test_ctc import *
-from kernels import cpu
-assert cpu.instruction_set() == {isa!r}, 'this processor is a lesser one'
 for shape in SHAPES:
     for net in NETS:
         test_it_is_torchs(shape, net)
@@ -140,16 +135,9 @@ for shape in SHAPES:
 
 
 @needs_kernel
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@LESSER
 def test_every_build_is_torchs(isa: str) -> None:
-    """In a process of its own, where the processor is taken for a lesser one."""
-    environment = os.environ | {"OSTINATO_CPU": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK.format(isa=isa)], cwd=PROJECT, env=environment, capture_output=True, text=True
-    )
-    if "a lesser one" in done.stderr:
-        pytest.skip(f"this processor cannot run the {isa} build")
-    assert done.returncode == 0, done.stderr
+    run_in(isa, CHECK)
 
 
 @needs_kernel

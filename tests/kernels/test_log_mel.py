@@ -1,9 +1,6 @@
 """The fast log-mel agrees with the definition, is no worse than torchaudio's, and a well-formed operator."""
 
 import ctypes
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from torch import Tensor
 from kernels import log_mel as module
 from kernels.log_mel import NormalisedLogMel, explain, log_mel, reference
 from kernels.say import say_once
+from tests.kernels.builds import LESSER, run_in
 from trainer.config import PROJECT
 
 needs_kernel = pytest.mark.skipif(module.MISSING is not None, reason=f"no C++ kernels: {module.MISSING}")
@@ -120,8 +118,6 @@ def test_it_agrees_with_the_definition(shape: tuple[int, int, int, int]) -> None
 CHECK = """
 import torch
 from tests.kernels.test_log_mel import *
-from kernels import cpu
-assert cpu.instruction_set() == {isa!r}, 'this processor is a lesser one'
 for shape in SHAPES:
     test_it_agrees_with_the_definition(shape)
 test_the_error_is_no_larger_than_torchaudios()
@@ -130,15 +126,9 @@ test_a_frame_has_the_same_bits_wherever_it_stands()
 
 
 @needs_kernel
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@LESSER
 def test_every_build_agrees_with_the_definition(isa: str) -> None:
-    """In a process of its own, where the processor is taken for a lesser one."""
-    environment = os.environ | {"OSTINATO_CPU": isa}
-    command = [sys.executable, "-c", CHECK.format(isa=isa)]
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-    if "a lesser one" in done.stderr:
-        pytest.skip(f"this processor cannot run the {isa} build")
-    assert done.returncode == 0, done.stderr
+    run_in(isa, CHECK)
 
 
 @needs_kernel

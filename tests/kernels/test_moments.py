@@ -1,8 +1,5 @@
 """The fast recurrence of means and variances is that of the loop, gradients too, and a well-formed operator."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,7 +8,7 @@ from torch import Tensor
 
 from kernels import moments as module
 from kernels.moments import explain, moments, reference, selftest
-from trainer.config import PROJECT
+from tests.kernels.builds import LESSER, run_in
 
 needs_kernel = pytest.mark.skipif(module.MISSING is not None, reason=f"no C++ kernels: {module.MISSING}")
 NAMES = ("um", "uv", "weight", "m0", "v0")
@@ -68,24 +65,15 @@ def test_a_part_alone_is_the_same() -> None:
 
 CHECK = """
 from tests.kernels.test_moments import *
-from kernels import cpu
-assert cpu.instruction_set() == {isa!r}, 'this processor is a lesser one'
 for shape in SHAPES:
     test_it_is_the_loop(shape, 0.7, 1.0)
 """
 
 
 @needs_kernel
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@LESSER
 def test_every_build_is_the_loop(isa: str) -> None:
-    """In a process of its own, where the processor is taken for a lesser one."""
-    environment = os.environ | {"OSTINATO_CPU": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK.format(isa=isa)], cwd=PROJECT, env=environment, capture_output=True, text=True
-    )
-    if "a lesser one" in done.stderr:
-        pytest.skip(f"this processor cannot run the {isa} build")
-    assert done.returncode == 0, done.stderr
+    run_in(isa, CHECK)
 
 
 @needs_kernel

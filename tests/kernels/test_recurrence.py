@@ -2,9 +2,6 @@
 
 import ctypes
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import kernels
 from kernels import cases, cpu, reference
 from kernels.reference import GATES
 from kernels.say import say_once
+from tests.kernels.builds import LESSER, run_in
 from trainer.config import PROJECT
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernels: {cpu.MISSING}")
@@ -55,27 +53,18 @@ def test_the_path_of_a_call_is_explained_with_what_is_missing(monkeypatch: pytes
     assert kernels.explain(weight) == "the reference loop (plain PyTorch, slow): no compiler"
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+CHECK = """
+from kernels import cases
+for case in cases.cases():
+    if case.cell in ('rnn_relu', 'gru', 'lstm'):
+        wrong = {k: e for k, e in cases.errors(case).items() if not e <= cases.TOLERANCE}
+        assert not wrong, f'{case}: {wrong}'
+"""
+
+
+@LESSER
 def test_every_build_agrees_with_the_definition(isa: str) -> None:
-    """In a process of its own, where the processor is taken for a lesser one."""
-    code = (
-        "from kernels import cases, cpu\n"
-        f"assert cpu.instruction_set() == {isa!r}, 'this processor is a lesser one'\n"
-        "for case in cases.cases():\n"
-        "    if case.cell in ('rnn_relu', 'gru', 'lstm'):\n"
-        "        wrong = {k: e for k, e in cases.errors(case).items() if not e <= cases.TOLERANCE}\n"
-        "        assert not wrong, f'{case}: {wrong}'\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROJECT,
-        env=os.environ | {"OSTINATO_CPU": isa},
-        capture_output=True,
-        text=True,
-    )
-    if "a lesser one" in done.stderr:
-        pytest.skip(f"this processor cannot run the {isa} build")
-    assert done.returncode == 0, done.stderr
+    run_in(isa, CHECK)
 
 
 @pytest.mark.parametrize("cell", TORCH)
