@@ -223,3 +223,13 @@ def test_gradient_norms_of_layers_are_drawn() -> None:
     line = curves([{"step": 1, "loss": 2.0}], rows, [])["gradient-norm-of-layers"].axes[0].lines[0]
     assert list(line.get_xdata()) == list(range(1, 13))
     assert np.isnan(line.get_ydata()).nonzero()[0].tolist() == [3, 5]
+
+
+def test_norms_and_radii_of_recurrent_matrices_are_drawn() -> None:
+    """The largest as a line, the least below it; a matrix too wide for a radius leaves the norms alone."""
+    rows = [{"step": s, "norm/a": 1.0 + s, "norm/b": 0.5, "radius/a": 0.9} for s in (1, 2)]
+    axes = curves([{"step": 1, "loss": 2.0}], [*rows, {"step": 3, "norm/a": 7.0}], [])["recurrent-matrices"].axes[0]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn == {"norm": [[1, 2], [2, 3], [3, 7]], "radius of eigenvalues": [[1, 0.9], [2, 0.9]]}
+    assert axes.collections[0].get_datalim(axes.transData).y0 == 0.5
+    assert "recurrent-matrices" not in curves([{"step": 1, "loss": 2.0}], [{"step": 1, "loss": 2.0}], [])

@@ -147,6 +147,23 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
         for (step, norms), color in zip(_few(layers, 3), (GREEN, ORANGE, BLUE), strict=False):
             axes.plot(range(1, len(norms) + 1), norms, ".-", color=color, label=f"step {step}", markersize=3)
 
+    matrices = {
+        label: [(row["step"], found) for row in valid if (found := [v for k, v in row.items() if k.startswith(kind)])]
+        for kind, label in (
+            ("norm/", "norm"),
+            ("radius/", "radius of eigenvalues"),
+            ("nonnormality/", "departure from normality"),
+        )
+    }
+    if any(matrices.values()):
+        figures["recurrent-matrices"], axes = _axes("recurrent matrices: largest, and all")
+        for (label, found), color in zip(matrices.items(), (BLUE, ORANGE, GREEN), strict=True):
+            steps, least, most = [s for s, _ in found], [min(v) for _, v in found], [max(v) for _, v in found]
+            if steps:
+                axes.plot(steps, most, "o-", color=color, label=label, markersize=4)
+                axes.fill_between(steps, least, most, color=color, alpha=0.15, linewidth=0)
+        axes.set_ylim(0, None)
+
     figures["throughput"], axes = _axes("hours of audio an hour (x real time)" if sound else "tokens a second")
     speed = ("audio_hours_per_second", 3600) if sound else ("tokens_per_second", 1)
     _curve(axes, train, speed[0], "throughput, smoothed", BLUE, speed[1])

@@ -179,13 +179,19 @@ def trajectories(layer: str, numbers: dict[str, Any], arrays: dict[str, Any]) ->
 
 
 def curve(
-    axes: Axes, sizes: list[float], runs: list[list[float | None]], color: str, label: str, style: str = "-"
+    axes: Axes,
+    sizes: list[float],
+    runs: list[list[float | None]],
+    color: str,
+    label: str,
+    style: str = "-",
+    width: float = 1.5,
 ) -> None:
     """Mean over the seeds, and a band from the least to the most."""
     places = [s or sizes[1] / 2 for s in sizes]  # 0 has no place on a logarithmic axis
     columns = [[v for v in column if v is not None] for column in zip(*runs, strict=True)]
     middle = [statistics.fmean(c) if c else np.nan for c in columns]
-    axes.plot(places, middle, style, marker="o", markersize=3.5, color=color, label=label, linewidth=1.5)
+    axes.plot(places, middle, style, marker="o", markersize=2 + width, color=color, label=label, linewidth=width)
     if len(runs) > 1:
         low, high = ([pick(c) if c else np.nan for c in columns] for pick in (min, max))
         axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
@@ -213,8 +219,9 @@ def curves(values: dict[str, Any]) -> Figure:
         squeeze=False,
     )
     for axes, (title, kinds) in zip(every.flat, panels, strict=False):
-        for kind, color in zip(kinds, COLORS, strict=False):
-            curve(axes, sizes, found[kind]["monitor"], color, LABELS[kind])
+        widths = (4.0, 2.5, 1.5, 1.5, 1.5)  # each is seen below the next where the two are equal
+        for kind, color, width in zip(kinds, COLORS, widths, strict=False):
+            curve(axes, sizes, found[kind]["monitor"], color, LABELS[kind], width=width)
         on_input = "input" in title
         if "attacks" in title and values.get("certified"):
             curve(axes, sizes, [values["certified"]], "grey", "certified bound, 2-norm", "--")
