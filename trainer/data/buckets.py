@@ -1,9 +1,10 @@
 """The plan of samples of many lengths: buckets of similar duration, in a random order that needs no state.
 
 The shards are shuffled, then windows of shards are pooled, cut into buckets of similar duration, shuffled inside each
-and filled into micro-batches up to a budget of padded seconds. All micro-batches of a step come from one bucket, so
-that no rank waits for a long one. What does not fill a step of its bucket waits for the same bucket of the next window;
-in the last window what is left of a bucket joins the next longer one, so at most one step of an epoch is short.
+and filled into micro-batches up to a budget of padded seconds. Those of a step come from one bucket, and are the
+nearest there in padded seconds, so that no rank waits for a long one. What does not fill a step of its bucket waits for
+the same bucket of the next window; in the last window what is left of a bucket joins the next longer one, so at most
+one step of an epoch is short.
 
 A window is planned at a time, with columns of numbers, so the memory that planning takes does not grow with the corpus;
 the result, some ten bytes a sample, is a file that all processes of a host map (`trainer.data.columns`).
@@ -29,7 +30,7 @@ from trainer.data.index import Rows
 from trainer.data.plan import MicroBatch, Rejection, Step, Steps
 from trainer.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 """Of the plan: another number where the same inputs give another order, so that no kept plan is taken for it."""
 PLANS_KEPT = 8
 """Files of planned epochs in a folder."""
@@ -399,7 +400,8 @@ class BucketedPlan:
                 cut = self._cut(here, close=False)
                 cut = cut[: len(cut) - len(cut) % size]
                 stop = int(cut[-1]) if len(cut) else 0
-                used.append(here.at(slice(stop)))
+                alike, cut = _by_cost(here.at(slice(stop)), cut)
+                used.append(alike)
                 ends.append(cut + taken)
                 taken += stop
                 waiting[b] = here.at(slice(stop, None))
@@ -492,7 +494,7 @@ class _Planned:
         self._put("rows", pool.rows)
         self._put("speed", pool.speed)
         self._put("batch_end", batch_end + self._samples)
-        self._put("batch_cost", np.maximum.reduceat(pool.seconds, starts) * (batch_end - starts))
+        self._put("batch_cost", _costs(pool, batch_end))
         self._put("step_end", step_end + self._batches)
         self._put("tokens", np.add.reduceat(pool.tokens, steps))
         self._put("seconds", np.add.reduceat(pool.seconds, steps))
@@ -517,6 +519,21 @@ def _in_order(
     before = np.cumsum(counts) - counts
     places = np.arange(len(pool.rows)) + np.repeat(starts - before, counts)
     return pool.at(places), np.cumsum(lengths[order])
+
+
+def _by_cost(pool: _Pool, batch_end: NDArray[np.int64]) -> tuple[_Pool, NDArray[np.int64]]:
+    """Put the micro-batches of a bucket in the order of their cost, so that those of a step take equally long."""
+    cost = _costs(pool, batch_end)
+    return _in_order(pool, batch_end, np.argsort(cost, kind="stable"), 1)
+
+
+def _costs(pool: _Pool, batch_end: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Padded seconds of each micro-batch."""
+    if not len(batch_end):
+        return np.empty(0)
+    starts = np.concatenate([[0], batch_end[:-1]])
+    longest: NDArray[np.float64] = np.maximum.reduceat(pool.seconds, starts)
+    return longest * (batch_end - starts)
 
 
 def _chunks(count: int) -> Iterator[tuple[int, int]]:
