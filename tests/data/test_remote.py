@@ -478,6 +478,7 @@ def test_the_next_window_is_fetched_ahead_in_the_order_of_the_plan(
     asked: list[list[str]] = []
     monkeypatch.setattr(Cache, "prefetch", lambda self, names: asked.append(list(names)))
     more = [f"data.remote.url={published[0]}", "plan.window_shards=2"]
+    more += ["plan.num_buckets=1", "plan.micro_batches_per_step=1"]  # so few samples fill a step in every window
     dataset = recipe.load("speech/tones", overrides(tmp_path / "copy", tmp_path, *more)).build_dataset("train")
     seen: set[str] = set()
     for epoch in range(2):
