@@ -101,7 +101,7 @@ class PianoRoll(nn.Module):
 
 class KeyNats(torch.autograd.Function):
     """Cross-entropy of each frame, summed over the keys: `torch.nn.functional.binary_cross_entropy_with_logits` without
-    log1p, which on a CPU takes ten times as long as log and was a fifth of a step.
+    log1p, which on a CPU takes ten times as long as log.
 
     Shape:
         logits, targets: (B, T, 88) -> (B, T), in nats

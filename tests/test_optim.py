@@ -67,6 +67,18 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_a_weight_without_a_gradient_moves_as_one_whose_gradient_is_zero() -> None:
+    """One process does what several do, where DeepSpeed averages zeros for it: the weight decays."""
+    nets = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    before = nets[0].weight.detach().clone()
+    nets[1].weight.grad = torch.zeros(1, 1)
+    for net in nets:
+        build_optimizer(AdamWConfig(lr=0.1, weight_decay=0.5), net, guards=True).step()
+    assert torch.equal(nets[0].weight, nets[1].weight)
+    assert not torch.equal(nets[0].weight, before)
+
+
 def test_the_average_follows_its_formula() -> None:
     net = torch.nn.Linear(1, 1, bias=False)
     optimizer = build_optimizer(AdamWConfig(lr=0.1, average_decay=0.5), net, guards=True)

@@ -148,7 +148,11 @@ def curves(train: Rows, valid: Rows, refused: Rows) -> dict[str, Figure]:
             axes.plot(range(1, len(norms) + 1), norms, ".-", color=color, label=f"step {step}", markersize=3)
 
     matrices = {
-        label: [(row["step"], found) for row in valid if (found := [v for k, v in row.items() if k.startswith(kind)])]
+        label: [
+            (row["step"], found)
+            for row in valid
+            if (found := [v for k, v in row.items() if k.startswith(kind) and v is not None])
+        ]
         for kind, label in (
             ("norm/", "norm"),
             ("radius/", "radius of eigenvalues"),
